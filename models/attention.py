@@ -1,0 +1,86 @@
+"""Plain attention and bi-level routing attention (BRA).
+
+Letters: B batch, H x W map, C channels, S windows per side, P = S*S windows, w tokens per window, k routed windows.
+Every attention module here takes and returns (B, H, W, C).
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ops
+
+from .layers import QKV, DepthwiseConv, to_nchw, to_nhwc
+
+
+class Router(nn.Module):
+    """Chooses the windows that each window attends to. No parameters; a module so that hooks can watch it.
+
+    n_win: windows per side; topk: windows kept, 1 .. n_win**2; scale: factor on the logits.
+    """
+
+    def __init__(self, n_win: int, topk: int, scale: float) -> None:
+        super().__init__()
+        if not 1 <= topk <= n_win**2:
+            raise ValueError(f"top-k must lie in 1..{n_win**2} ({n_win}x{n_win} windows), not {topk}")
+        self.n_win, self.topk, self.scale = n_win, topk, scale
+
+    def forward(self, q_windows: Tensor, k_windows: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, P, w, C) windows -> logits (B, P, k) in descending order and window numbers (B, P, k), int64."""
+        return ops.route_windows(q_windows.mean(dim=2), k_windows.mean(dim=2), self.topk, self.scale)
+
+    def extra_repr(self) -> str:
+        return f"n_win={self.n_win}, topk={self.topk}"
+
+
+def attend_routed_windows(router: Router, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
+    """Route windows, then let each query attend to the tokens of its window's routed windows.
+
+    q: (B, Hq, Wq, C); k, v: (B, H, W, C); all sides multiples of `router.n_win`. Returns (B, Hq, Wq, C).
+    """
+    n_win = router.n_win
+    height, width = q.shape[1], q.shape[2]
+    q, k, v = ops.to_windows(q, n_win), ops.to_windows(k, n_win), ops.to_windows(v, n_win)
+    _, idx = router(q, k)
+    out = ops.routed_attention(q, k, v, idx, num_heads, router.scale)
+    return ops.from_windows(out, n_win, height, width)
+
+
+class BiLevelRoutingAttention(nn.Module):
+    """BRA (arXiv 2303.08810, section 3.2): window routing, token attention in routed windows, LePE.
+
+    The scale is C**-0.5 with the full width C, not the head width, in both levels, as published.
+    Sides that are no multiple of `n_win` are zero-padded; the padding takes part in routing and attention.
+    """
+
+    def __init__(self, dim: int, num_heads: int, n_win: int, topk: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = QKV(nn.Linear(dim, 3 * dim))
+        self.router = Router(n_win, topk, scale=dim**-0.5)
+        self.lepe = DepthwiseConv(dim, 5)
+        self.wo = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1], x.shape[2]
+        q, k, v = self.qkv(ops.pad_to_multiple(x, self.router.n_win))
+        out = attend_routed_windows(self.router, q, k, v, self.num_heads)
+        out = self.wo(out + to_nhwc(self.lepe(to_nchw(v))))
+        return out[:, :height, :width]
+
+
+class FullAttention(nn.Module):
+    """Attention over all tokens plus LePE on the attention's input: BiFormer's last stage. The qkv has no bias."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.lepe = DepthwiseConv(dim, 5)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        lepe = to_nhwc(self.lepe(to_nchw(x)))
+        qkv = self.qkv(x).flatten(1, 2).unflatten(-1, (3, self.num_heads, -1))  # (B, H*W, 3, m, C/m)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        return self.proj(out + lepe)

@@ -1,0 +1,264 @@
+"""The four-stage skeleton that all families share, with the methods timm expects of a model.
+
+Maps between stages are (B, C, H, W), kept in channels-last memory, at strides 4, 8, 16 and 32.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.fx
+import torch.nn.functional as F
+from timm.layers import SelectAdaptivePool2d
+from timm.models import checkpoint
+from timm.models._features import feature_take_indices
+from torch import Tensor, nn
+
+STRIDES = (4, 8, 16, 32)
+
+
+def stage_sides(side: int) -> tuple[int, int, int, int]:
+    """Token rows (or columns) of the four stages for an image side in pixels: halved, rounding up, 2 to 5 times."""
+    sides = [-(-side // 2)]
+    for _ in STRIDES:
+        sides.append(-(-sides[-1] // 2))
+    return tuple(sides[1:])
+
+
+def first_stage_that_pads(side: int, n_win: int, grid_strides: Sequence[Sequence[int]]) -> int | None:
+    """The first stage (from 1) whose token or agent grids do not divide into `n_win` windows; None if all do.
+
+    grid_strides: per stage, the strides (in tokens) of the grids that are cut into windows.
+    """
+    for number, (tokens, strides) in enumerate(zip(stage_sides(side), grid_strides, strict=True), start=1):
+        if any(-(-tokens // stride) % n_win for stride in strides):
+            return number
+    return None
+
+
+def check_image_size(x: Tensor, n_win: int, grid_strides: Sequence[Sequence[int]]) -> Tensor:
+    """Returns x (B, C, H, W); ValueError if a stage could not be cut into windows without padding."""
+    for axis, name in ((2, "height"), (3, "width")):
+        side = int(x.shape[axis])
+        stage = first_stage_that_pads(side, n_win, grid_strides)
+        if stage is None:
+            continue
+        fits = (s for s in range(side, 0, -1) if first_stage_that_pads(s, n_win, grid_strides) is None)
+        below = next(fits, None)
+        above = next(s for s in range(side, 100 * side + 10_000) if not first_stage_that_pads(s, n_win, grid_strides))
+        nearest = f"{below} or {above}" if below else f"{above}"
+        raise ValueError(
+            f"image size {x.shape[2]}x{x.shape[3]}: stage {stage} cannot cut this {name} into {n_win} windows; "
+            f"use a {name} of {nearest} pixels, or auto_pad=True"
+        )
+    return x
+
+
+torch.fx.wrap("check_image_size")
+
+
+def run_stage(downsample: nn.Module, blocks: nn.Module, x: Tensor, recompute: bool = False) -> Tensor:
+    """Downsample, then run the blocks: (B, C, H, W) -> (B, C', H', W') in channels-last memory.
+
+    recompute: keep only the blocks' inputs for the backward pass and compute the rest again there.
+    """
+    x = downsample(x).contiguous(memory_format=torch.channels_last)
+    for block in blocks:
+        x = checkpoint(block, x) if recompute else block(x)
+    return x
+
+
+class Backbone(nn.Module):
+    """Four stages of blocks between strided convolutions, then BatchNorm, pooling and a linear classifier.
+
+    make_block(stage, drop_path) builds one block, a module (B, C, H, W) -> (B, C, H, W), for stage 0..3.
+    n_win, grid_strides: what has to divide into windows (see `first_stage_that_pads`); with `auto_pad` the
+    attention pads what does not, without it such an image size is refused with a ValueError.
+    drop_rate: dropout before the classifier; drop_path_rate: stochastic depth, growing linearly from 0 over all blocks.
+    grad_checkpointing: recompute blocks in the backward pass to save memory; one bool or one per stage.
+
+    Input (B, in_chans, H, W) floats; output logits (B, num_classes).
+    """
+
+    def __init__(
+        self,
+        make_block: Callable[[int, float], nn.Module],
+        *,
+        embed_dims: Sequence[int],
+        depths: Sequence[int],
+        n_win: int,
+        grid_strides: Sequence[Sequence[int]],
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        auto_pad: bool = True,
+        grad_checkpointing: bool | Sequence[bool] = False,
+    ) -> None:
+        super().__init__()
+        self.num_classes, self.in_chans = num_classes, in_chans
+        self.num_features = self.head_hidden_size = embed_dims[-1]
+        self.n_win, self.auto_pad = n_win, auto_pad
+        self.grid_strides = tuple(tuple(strides) for strides in grid_strides)
+        self.feature_info = [
+            {"num_chs": dim, "reduction": stride, "module": f"stages.{i}"}
+            for i, (dim, stride) in enumerate(zip(embed_dims, STRIDES, strict=True))
+        ]
+
+        stem = nn.Sequential(
+            nn.Conv2d(in_chans, embed_dims[0] // 2, 3, stride=2, padding=1),
+            nn.BatchNorm2d(embed_dims[0] // 2),
+            nn.GELU(),
+            nn.Conv2d(embed_dims[0] // 2, embed_dims[0], 3, stride=2, padding=1),
+            nn.BatchNorm2d(embed_dims[0]),
+        )
+        merges = [
+            nn.Sequential(nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after))
+            for before, after in zip(embed_dims[:-1], embed_dims[1:], strict=True)
+        ]
+        self.downsample_layers = nn.ModuleList([stem, *merges])
+
+        rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        self.stages = nn.ModuleList(
+            nn.Sequential(*(make_block(stage, next(rates)) for _ in range(depth))) for stage, depth in enumerate(depths)
+        )
+        self.norm = nn.BatchNorm2d(embed_dims[-1])
+        self.head_drop = nn.Dropout(drop_rate)
+        self.reset_classifier(num_classes, global_pool)
+        self.set_grad_checkpointing(grad_checkpointing)
+
+    # -- timm's interface ---------------------------------------------------------------------------------------
+
+    def get_classifier(self) -> nn.Module:
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier; num_classes=0 leaves pooled features, global_pool='' the unpooled map."""
+        self.num_classes = num_classes
+        if global_pool is not None:
+            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=bool(global_pool))
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes > 0 else nn.Identity()
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool | Sequence[bool] = True) -> None:
+        self.grad_checkpointing = (enable,) * len(STRIDES) if isinstance(enable, bool) else tuple(enable)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        return {name for name, _ in self.named_parameters() if name.endswith("rpe_table")}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Parameter groups from input to output, for layer-wise learning rates."""
+        return {
+            "stem": r"^downsample_layers\.0",
+            "blocks": [
+                (r"^downsample_layers\.(\d+)", None),
+                (r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)", None),
+                (r"^norm", (99999,)),
+            ],
+        }
+
+    def forward_stage(self, stage: int, x: Tensor) -> Tensor:
+        """One stage, 0..3: (B, C, H, W) -> (B, C', H', W')."""
+        recompute = self.training and self.grad_checkpointing[stage]
+        return run_stage(self.downsample_layers[stage], self.stages[stage], x, recompute)
+
+    def check_input(self, x: Tensor) -> Tensor:
+        return x if self.auto_pad else check_image_size(x, self.n_win, self.grid_strides)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The maps after the chosen stages, and (unless `intermediates_only`) the normalised last map.
+
+        norm: apply the final norm to the last stage's map too. stop_early: do not run later stages.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', not {output_fmt!r}")
+        taken, last_taken = feature_take_indices(len(self.stages), indices)
+        x = self.check_input(x)
+        last = len(self.stages) - 1
+        intermediates = []
+        for stage in range(last_taken + 1 if stop_early else len(self.stages)):
+            x = self.forward_stage(stage, x)
+            if stage in taken:
+                intermediates.append(self.norm(x) if norm and stage == last else x)
+        if intermediates_only:
+            return intermediates
+        return (self.norm(x) if stage == last else x), intermediates
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what the chosen stages' maps do not need. Returns the indices of the kept stages."""
+        taken, last_taken = feature_take_indices(len(self.stages), indices)
+        cut = last_taken < len(self.stages) - 1
+        self.downsample_layers = self.downsample_layers[: last_taken + 1]
+        self.stages = self.stages[: last_taken + 1]
+        if prune_norm or cut:
+            self.norm = nn.Identity()
+        if cut:
+            self.num_features = self.head_hidden_size = self.feature_info[last_taken]["num_chs"]
+        if prune_head or cut:
+            self.reset_classifier(0, "")
+        return taken
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """(B, in_chans, H, W) -> normalised map (B, C, H/32, W/32)."""
+        x = self.check_input(x)
+        for stage in range(len(self.stages)):
+            x = self.forward_stage(stage, x)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Map (B, C, h, w) -> logits (B, num_classes), or pooled features (B, C) with `pre_logits`."""
+        x = self.head_drop(self.global_pool(x))
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+
+def default_cfg(**overrides: Any) -> dict[str, Any]:
+    """timm's description of how a model wants its images, and where its first and last layers are."""
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 224 / 256,
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": "downsample_layers.0.0",
+        "classifier": "head",
+        **overrides,
+    }
+
+
+def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
+    """Turn a checkpoint as published into a state dict for `model`.
+
+    Unwraps {'model': ...} and {'state_dict': ...}, strips the prefix of DistributedDataParallel, and resamples
+    relative position tables bilinearly when the model was built for another image size.
+    """
+    for key in ("model", "state_dict"):
+        if isinstance(state_dict.get(key), dict):
+            state_dict = state_dict[key]
+    wanted = model.state_dict()
+    result = {}
+    for name, value in state_dict.items():
+        name = name.removeprefix("module.")
+        if name.endswith("rpe_table") and name in wanted and value.shape != wanted[name].shape:
+            size = wanted[name].shape[-2:]
+            value = F.interpolate(value[None].float(), size, mode="bilinear", align_corners=True)[0].to(value.dtype)
+        result[name] = value
+    return result

@@ -1,0 +1,117 @@
+"""BiFormer: vision transformer with bi-level routing attention (arXiv 2303.08810)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from timm.layers import DropPath, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from torch import Tensor, nn
+
+from .attention import BiLevelRoutingAttention, FullAttention
+from .backbone import Backbone, checkpoint_filter_fn, default_cfg
+from .layers import DepthwiseConv, to_nchw, to_nhwc
+
+
+class BiFormerBlock(nn.Module):
+    """Depthwise position encoding, attention, feed-forward. (B, C, H, W) in and out.
+
+    attn: attention module (B, H, W, C) -> (B, H, W, C).
+    """
+
+    def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path: float) -> None:
+        super().__init__()
+        hidden = int(dim * mlp_ratio)
+        self.pos_embed = DepthwiseConv(dim, 3)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        # The Identity keeps the second Linear at the published key mlp.3.
+        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.Identity(), nn.GELU(), nn.Linear(hidden, dim))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = to_nhwc(x + self.pos_embed(x))
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return to_nchw(x)
+
+
+class BiFormer(Backbone):
+    """The BiFormer family. Arguments with four values hold one per stage.
+
+    topk: routed windows per window; None for a stage with plain attention over all tokens.
+    img_size is accepted for timm's sake: nothing in this family depends on it. Everything else goes to `Backbone`.
+    """
+
+    def __init__(
+        self,
+        img_size: int | tuple[int, int] = 224,
+        embed_dims: Sequence[int] = (64, 128, 256, 512),
+        depths: Sequence[int] = (2, 2, 8, 2),
+        num_heads: Sequence[int] = (2, 4, 8, 8),
+        mlp_ratios: Sequence[float] = (3, 3, 3, 3),
+        n_win: int = 7,
+        topk: Sequence[int | None] = (1, 4, 16, None),
+        **kwargs: Any,
+    ) -> None:
+        def make_block(i: int, drop_path: float) -> BiFormerBlock:
+            if topk[i] is None:
+                attn = FullAttention(embed_dims[i], num_heads[i])
+            else:
+                attn = BiLevelRoutingAttention(embed_dims[i], num_heads[i], n_win, topk[i])
+            return BiFormerBlock(embed_dims[i], attn, mlp_ratios[i], drop_path)
+
+        super().__init__(
+            make_block,
+            embed_dims=embed_dims,
+            depths=depths,
+            n_win=n_win,
+            grid_strides=[() if k is None else (1,) for k in topk],
+            **kwargs,
+        )
+        self.apply(_init_linear)
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "biformer_tiny": {},
+    "biformer_small": {"depths": (4, 4, 18, 4)},
+    "biformer_base": {"depths": (4, 4, 18, 4), "embed_dims": (96, 192, 384, 768), "num_heads": (3, 6, 12, 8)},
+}
+
+default_cfgs = generate_default_cfgs({f"{variant}.in1k": default_cfg() for variant in VARIANTS})
+
+
+def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    return build_model_with_cfg(
+        BiFormer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+        **{**VARIANTS[variant], **kwargs},
+    )
+
+
+@register_model
+def biformer_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """BiFormer-T: 13.1 M parameters, 2.2 G MACs, published top-1 81.4."""
+    return _create("biformer_tiny", pretrained, **kwargs)
+
+
+@register_model
+def biformer_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """BiFormer-S: 25.5 M parameters, 4.5 G MACs, published top-1 83.8."""
+    return _create("biformer_small", pretrained, **kwargs)
+
+
+@register_model
+def biformer_base(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """BiFormer-B: 56.8 M parameters, 9.8 G MACs, published top-1 84.3."""
+    return _create("biformer_base", pretrained, **kwargs)

@@ -1,0 +1,112 @@
+"""Deformable agent bi-level routing attention (DBRA; arXiv 2410.08582, section 3.2).
+
+Letters: B batch, H x W map, C channels, Ha x Wa agent grid, g offset groups, m heads.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import ops
+
+from .attention import Router, attend_routed_windows
+from .layers import QKV, ConvMlp, DepthwiseConv, PointwiseConv, to_nchw, to_nhwc
+
+
+class _KeyedNorm(nn.Module):
+    """A LayerNorm one level down, at the key `norm`, as published."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
+class OffsetNetwork(nn.Sequential):
+    """Predicts how far each agent moves: strided depthwise convolution, LayerNorm, GELU, projection to one number.
+
+    All groups share its weights. The one number moves an agent along both axes (a departure from DAT, as published).
+    """
+
+    def __init__(self, dim: int, groups: int, kernel_size: int, stride: int) -> None:
+        width = dim // groups
+        super().__init__(
+            DepthwiseConv(width, kernel_size, stride, bias=False),
+            _KeyedNorm(width),
+            nn.GELU(),
+            PointwiseConv(width, 1, bias=False),
+        )
+        self.groups = groups
+
+    def forward(self, q: Tensor) -> Tensor:
+        """(B, H, W, C) -> offsets (B, Ha, Wa, g)."""
+        conv, norm, act, project = self
+        # One convolution over all C channels with the kernel repeated per group: no group axis in the batch.
+        weight = conv.weight.repeat(self.groups, 1, 1, 1)
+        x = F.conv2d(to_nchw(q), weight, None, conv.stride, conv.padding, groups=q.shape[-1])
+        x = to_nhwc(x).unflatten(-1, (self.groups, -1))
+        return project(act(norm(x))).squeeze(-1)
+
+
+class DeformableAgentAttention(nn.Module):
+    """DBRA: agents sampled at learnt positions read routed windows; every token then attends to all agents.
+
+    num_heads heads, `offset_groups` groups with their own agent positions, agents every `agent_stride` tokens,
+    `topk` of n_win**2 windows per agent window, `rpe_size` = (Qh, Qw), the token map the relative position
+    table is made for; (B, H, W, C) in and out. All scales are C**-0.5 with the full width, as published.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        n_win: int,
+        topk: int,
+        offset_groups: int,
+        agent_stride: int,
+        offset_kernel: int,
+        agent_mlp_ratio: float,
+        rpe_size: tuple[int, int],
+    ) -> None:
+        super().__init__()
+        if dim % offset_groups or num_heads % offset_groups:
+            raise ValueError(f"{offset_groups} offset groups must divide the width {dim} and the {num_heads} heads")
+        self.num_heads, self.scale = num_heads, dim**-0.5
+        self.qkv_conv = QKV(PointwiseConv(dim, 3 * dim))
+        self.conv_offset_q = OffsetNetwork(dim, offset_groups, offset_kernel, agent_stride)
+        self.proj_q = PointwiseConv(dim, dim)
+        self.router = Router(n_win, topk, self.scale)
+        self.lepe1 = DepthwiseConv(dim, 5, agent_stride)
+        self.unifyheads1 = PointwiseConv(dim, dim)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = ConvMlp(dim, agent_mlp_ratio)
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.proj_k = PointwiseConv(dim, dim)
+        self.proj_v = PointwiseConv(dim, dim)
+        self.rpe_table = nn.Parameter(torch.empty(num_heads, 2 * rpe_size[0] - 1, 2 * rpe_size[1] - 1))
+        self.proj_out = PointwiseConv(dim, dim)
+        nn.init.trunc_normal_(self.rpe_table, std=0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1], x.shape[2]
+        n_win = self.router.n_win
+        x = ops.pad_to_multiple(x, n_win)
+        q, k, v = self.qkv_conv(x)
+
+        positions = ops.agent_positions(self.conv_offset_q(q))
+        agents = ops.sample_agents(x, positions)
+        lepe = to_nhwc(self.lepe1(to_nchw(v)))
+        # Agents added by padding are zeros at the map's centre and stay in the attention: released dense models
+        # were trained with them.
+        positions, agents, lepe = (ops.pad_to_multiple(t, n_win) for t in (positions, agents, lepe))
+
+        read = attend_routed_windows(self.router, self.proj_q(agents), k, v, self.num_heads)
+        agents = agents + self.unifyheads1(read + lepe)
+        agents = agents + self.mlp(self.norm2(agents))
+        agents = self.norm(agents)
+
+        keys, values = self.proj_k(agents), self.proj_v(agents)
+        out = ops.deformable_attention(q, keys, values, self.rpe_table, positions, self.num_heads, self.scale)
+        return self.proj_out(out)[:, :height, :width]

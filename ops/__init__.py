@@ -1,0 +1,26 @@
+"""The attention arithmetic: plain functions of tensors, without parameters.
+
+Call them as `ops.name(...)`: they are registered here as leaves for torch.fx, so that the models trace
+symbolically although the functions look at shapes.
+"""
+
+import torch.fx
+
+from .deformable import agent_positions, deformable_attention, relative_position_bias, sample_agents
+from .routed import route_windows, routed_attention
+from .windows import from_windows, pad_to_multiple, to_windows
+
+__all__ = [
+    "agent_positions",
+    "deformable_attention",
+    "from_windows",
+    "pad_to_multiple",
+    "relative_position_bias",
+    "route_windows",
+    "routed_attention",
+    "sample_agents",
+    "to_windows",
+]
+
+for _name in __all__:
+    torch.fx.wrap(_name)

@@ -1,0 +1,80 @@
+"""Deformable agent attention as arithmetic (DeBiFormer, arXiv 2410.08582, section 3.2; DAT, arXiv 2201.00520).
+
+Letters: B batch, H x W token map, Ha x Wa agent grid, C channels, m heads, g offset groups.
+Positions are (y, x) in [-1, 1], where -1 and 1 are the centres of the first and the last row or column.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def reference_points(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Centres of the cells of an agent grid: (height, width, 2) in (-1, 1), y first."""
+    y = (torch.arange(height, device=device, dtype=dtype) + 0.5) / height * 2 - 1
+    x = (torch.arange(width, device=device, dtype=dtype) + 0.5) / width * 2 - 1
+    return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)
+
+
+def agent_positions(offsets: Tensor) -> Tensor:
+    """Reference point plus offset, clamped to the map.
+
+    offsets: (B, Ha, Wa, g), one scalar that moves an agent along y and x alike.
+    Returns (B, Ha, Wa, g, 2) in [-1, 1], in float32 at least: half precision cannot tell neighbouring tokens apart.
+    """
+    dtype = torch.promote_types(offsets.dtype, torch.float32)
+    reference = reference_points(offsets.shape[1], offsets.shape[2], offsets.device, dtype)
+    return (reference[:, :, None] + offsets.to(dtype)[..., None]).clamp(-1, 1)
+
+
+def sample_agents(x: Tensor, positions: Tensor) -> Tensor:
+    """Read the map at the agents' positions, bilinearly; each group reads its own channels at its own positions.
+
+    x: (B, H, W, C); positions: (B, Ha, Wa, g, 2). Returns agents (B, Ha, Wa, C) in x's dtype.
+    """
+    b, h, w, c = x.shape
+    _, ha, wa, g, _ = positions.shape
+    channels = x.view(b, h, w, g, c // g).permute(0, 3, 4, 1, 2).reshape(b * g, c // g, h, w)
+    grid = positions.flip(-1).permute(0, 3, 1, 2, 4).reshape(b * g, ha, wa, 2)
+    sampled = F.grid_sample(channels.to(grid.dtype), grid, mode="bilinear", align_corners=True)
+    return sampled.view(b, c, ha, wa).permute(0, 2, 3, 1).to(x.dtype)
+
+
+def token_grid(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Positions of the tokens of a map: (height, width, 2) with i / (side - 1) * 2 - 1; a side of one sits at -1."""
+    y = torch.arange(height, device=device, dtype=dtype) / max(height - 1, 1) * 2 - 1
+    x = torch.arange(width, device=device, dtype=dtype) / max(width - 1, 1) * 2 - 1
+    return torch.stack(torch.meshgrid(y, x, indexing="ij"), dim=-1)
+
+
+def relative_position_bias(rpe_table: Tensor, positions: Tensor, height: int, width: int) -> Tensor:
+    """Bilinear reads of each head's table at (token - agent) / 2, zero outside.
+
+    rpe_table: (m, 2Q-1, 2Q-1); positions: (B, N, g, 2) of N agents; heads are split over the groups in order.
+    Returns (B, m, height*width, N) in the positions' dtype.
+    """
+    b, n, g, _ = positions.shape
+    m = rpe_table.shape[0]
+    tokens = token_grid(height, width, positions.device, positions.dtype).view(1, 1, -1, 1, 2)
+    displacement = (tokens - positions.permute(0, 2, 1, 3)[:, :, None]) / 2  # (B, g, H*W, N, 2)
+    tables = rpe_table.to(positions.dtype).view(1, g, m // g, *rpe_table.shape[1:]).expand(b, -1, -1, -1, -1)
+    bias = F.grid_sample(tables.flatten(0, 1), displacement.flip(-1).flatten(0, 1), mode="bilinear", align_corners=True)
+    return bias.view(b, m, height * width, n)
+
+
+def deformable_attention(
+    q: Tensor, k: Tensor, v: Tensor, rpe_table: Tensor, positions: Tensor, num_heads: int, scale: float
+) -> Tensor:
+    """Every token attends to all agents, with a bias read at their relative position.
+
+    q: (B, H, W, C) tokens; k, v: (B, Ha, Wa, C) agents; rpe_table: (m, 2Q-1, 2Q-1);
+    positions: (B, Ha, Wa, g, 2). Returns (B, H, W, C).
+    """
+    b, h, w, c = q.shape
+
+    def heads(x: Tensor) -> Tensor:  # (B, y, x, C) -> (B, m, y*x, C/m)
+        return x.reshape(b, -1, num_heads, c // num_heads).transpose(1, 2)
+
+    bias = relative_position_bias(rpe_table, positions.flatten(1, 2), h, w).to(q.dtype)
+    out = F.scaled_dot_product_attention(heads(q), heads(k), heads(v), attn_mask=bias, scale=scale)
+    return out.transpose(1, 2).reshape(b, h, w, c)
