@@ -1,0 +1,408 @@
+"""Datasets, transforms, and the order in which images are seen.
+
+Every random choice about an image is a function of (seed, epoch, position): `position` numbers the images that all
+processes together see in an epoch. The state of a worker never matters, so a place in the data is one number.
+"""
+
+import json
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_dataset, create_transform
+from timm.data.readers import create_reader
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler
+from torchvision import datasets as vision
+from torchvision import transforms
+
+from errors import UsageError
+from options import Options
+from utils import Processes, Requests, seeded, unite_seeds
+
+REPEATS = 3
+"""Views of one image under repeated augmentation (Hoffer et al., arXiv 1902.05509)."""
+
+
+class Key(NamedTuple):
+    """What a sampler hands to a dataset: which image, and what its random numbers are drawn from."""
+
+    index: int
+    epoch: int = 0
+    position: int = 0
+
+
+# -- sources: map-style datasets of (PIL image, class number) with `classes` and `name_of(index)` ---------------------
+
+
+class ImageFiles(Dataset):
+    """Images given as (path, class number) pairs. classes: their names."""
+
+    def __init__(self, samples: Sequence[tuple[str, int]], classes: Sequence[str]) -> None:
+        self.samples, self.classes = samples, list(classes)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        path, target = self.samples[index]
+        with Image.open(path) as image:
+            return image.convert("RGB"), target
+
+    def name_of(self, index: int) -> str:
+        return self.samples[index][0]
+
+
+class Digits(Dataset):
+    """scikit-learn's 1,797 scanned digits (8x8, grey): 1,437 to train on, 360 to test, stratified, always the same."""
+
+    classes = tuple("0123456789")
+
+    def __init__(self, train: bool) -> None:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        digits = load_digits()
+        everything = np.arange(len(digits.target))
+        split = train_test_split(everything, test_size=0.2, stratify=digits.target, random_state=0)
+        chosen = np.sort(split[0 if train else 1])
+        self.images = (digits.images[chosen] * (255 / 16)).round().astype(np.uint8)
+        self.targets = digits.target[chosen].tolist()
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[index]).convert("RGB"), self.targets[index]
+
+    def name_of(self, index: int) -> str:
+        return f"digit {index}"
+
+
+class ReaderImages(Dataset):
+    """The images of a timm reader (tar files, Hugging Face datasets)."""
+
+    def __init__(self, reader: Any, classes: Sequence[str]) -> None:
+        self.reader, self.classes = reader, list(classes)
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        file, target, *_ = self.reader[index]
+        with Image.open(file) as image:
+            return image.convert("RGB"), target
+
+    def name_of(self, index: int) -> str:
+        return self.reader.filename(index)
+
+
+class Cifar100(vision.CIFAR100):
+    """CIFAR-100 as torchvision reads it."""
+
+    def name_of(self, index: int) -> str:
+        return f"image {index} of {self.root}"
+
+
+def image_folders(root: str) -> tuple[ImageFiles, ImageFiles]:
+    """ROOT/train/CLASS/* and ROOT/val/CLASS/*. UsageError if a folder is missing or empty, or the classes differ."""
+    parts = []
+    for split in ("train", "val"):
+        folder = Path(root, split)
+        if not folder.is_dir():
+            raise UsageError(f"{folder} is not a folder; --data_path must hold train/CLASS/ and val/CLASS/ folders")
+        try:
+            found = vision.ImageFolder(str(folder))
+        except FileNotFoundError as error:
+            empty = [p.name for p in sorted(folder.iterdir()) if p.is_dir() and not _has_images(p)]
+            if not empty:
+                raise UsageError(f"{folder} has no class folders; put the images in {folder}/CLASS/") from error
+            raise UsageError(f"class folder {folder / empty[0]} holds no image; fill or remove it") from error
+        parts.append(ImageFiles(found.samples, found.classes))
+    train, val = parts
+    if train.classes != val.classes:
+        only = [f"{name} (only in train/)" for name in sorted(set(train.classes) - set(val.classes))]
+        only += [f"{name} (only in val/)" for name in sorted(set(val.classes) - set(train.classes))]
+        more = f" and {len(only) - 3} more" if len(only) > 3 else ""
+        raise UsageError(f"{root}: train/ and val/ hold different classes: {', '.join(only[:3])}{more}")
+    return train, val
+
+
+def _has_images(folder: Path) -> bool:
+    return any(p.suffix.lower() in vision.folder.IMG_EXTENSIONS for p in folder.rglob("*"))
+
+
+def inaturalist(root: str, year: int, category: str) -> tuple[ImageFiles, ImageFiles]:
+    """iNaturalist 2018 or 2019 as published: trainYEAR.json, valYEAR.json, categories.json and the image folders."""
+    categories = {entry["id"]: entry for entry in _read_json(Path(root, "categories.json"))}
+    missing = [entry["id"] for entry in categories.values() if category not in entry]
+    if missing:
+        raise UsageError(f"{root}/categories.json: category {missing[0]} has no {category!r}; choose --inat_category")
+    classes = sorted({entry[category] for entry in categories.values()})
+    number = {name: i for i, name in enumerate(classes)}
+    parts = []
+    for split in ("train", "val"):
+        content = _read_json(Path(root, f"{split}{year}.json"))
+        files = {image["id"]: image["file_name"] for image in content["images"]}
+        samples = [
+            (os.path.join(root, files[entry["image_id"]]), number[categories[entry["category_id"]][category]])
+            for entry in content["annotations"]
+        ]
+        parts.append(ImageFiles(samples, classes))
+    return parts[0], parts[1]
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} is missing; unpack the annotations of iNaturalist there") from error
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON: {error}") from error
+
+
+def open_sources(options: Options) -> tuple[Dataset, Dataset]:
+    """The training and the test images that --data_set and --data_path name. UsageError if they cannot be read."""
+    name, root = options.data_set, options.data_path
+    if name == "DIGITS":
+        return Digits(train=True), Digits(train=False)
+    kind = name.partition("/")[0].lower()
+    if not root and kind not in ("hfds", "hfids", "tfds"):
+        raise UsageError(f"--data_set {name} needs --data_path (or try --data_set DIGITS, which needs no files)")
+    if root and not Path(root).exists():
+        raise UsageError(f"--data_path {root} does not exist")
+    if name == "IMNET":
+        return image_folders(root)
+    if name == "CIFAR":
+        try:
+            return Cifar100(root, train=True), Cifar100(root, train=False)
+        except RuntimeError as error:
+            raise UsageError(f"no CIFAR-100 under {root}; unpack cifar-100-python.tar.gz there") from error
+    if name in ("INAT", "INAT19"):
+        return inaturalist(root, 2019 if name == "INAT19" else 2018, options.inat_category)
+    if name == "TAR":
+        return _tar_source(root, "train"), _tar_source(root, "val")
+    if "/" in name:
+        return _timm_source(options, train=True), _timm_source(options, train=False)
+    raise UsageError(f"unknown --data_set {name!r}; known: IMNET, CIFAR, INAT, INAT19, DIGITS, TAR, hfds/…, wds/…")
+
+
+def _tar_source(root: str, split: str) -> ReaderImages:
+    path = Path(root, f"{split}.tar")
+    if not path.is_file():
+        raise UsageError(f"{path} is missing; --data_set TAR reads train.tar and val.tar, with one folder per class")
+    reader = create_reader("", root=str(path))
+    return ReaderImages(reader, list(reader.class_to_idx))
+
+
+def _timm_source(options: Options, train: bool) -> Dataset:
+    split = options.train_split if train else options.val_split
+    try:
+        dataset = create_dataset(
+            options.data_set,
+            root=options.data_path or None,
+            split=split,
+            is_training=train,
+            batch_size=options.batch_size,
+            seed=options.seed,
+        )
+    except ImportError as error:
+        raise UsageError(f"--data_set {options.data_set} needs another package: {error}") from error
+    except (AssertionError, OSError, RuntimeError, ValueError) as error:
+        raise UsageError(f"--data_set {options.data_set}, split {split!r}: {error}") from error
+    if isinstance(dataset, IterableDataset):
+        return dataset
+    features = getattr(dataset.reader.dataset, "features", {})
+    label = features.get(getattr(dataset.reader, "label_key", "label"))
+    return ReaderImages(dataset.reader, getattr(label, "names", None) or [])
+
+
+# -- transforms ----------------------------------------------------------------------------------------------------
+
+
+def train_transform(options: Options) -> transforms.Compose:
+    """Random crop, flip, RandAugment, normalisation and random erasing: PIL image -> (3, S, S) float32."""
+    transform = create_transform(
+        input_size=options.input_size,
+        is_training=True,
+        scale=tuple(options.scale),
+        hflip=options.hflip,
+        color_jitter=options.color_jitter,
+        auto_augment=None if options.aa in (None, "", "none", "null") else options.aa,
+        interpolation=options.train_interpolation,
+        re_prob=options.reprob,
+        re_mode=options.remode,
+        re_count=options.recount,
+    )
+    if options.input_size <= 32:  # as published: images of CIFAR's size are shifted, not rescaled
+        transform.transforms[0] = transforms.RandomCrop(options.input_size, padding=4)
+    return transform
+
+
+def eval_transform(options: Options) -> transforms.Compose:
+    """Bicubic resize so that the centre crop is `crop_pct` of the side: PIL image -> (3, S, S) float32."""
+    return create_transform(
+        input_size=options.input_size,
+        is_training=False,
+        interpolation="bicubic",
+        crop_pct=options.crop_pct or 224 / 256,
+    )
+
+
+class Transformed(Dataset):
+    """A source with a transform, addressed by `Key`: the same key gives the same tensor, whoever computes it."""
+
+    def __init__(self, source: Dataset, transform: transforms.Compose, seed: int) -> None:
+        self.source, self.transform, self.seed = source, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+        try:
+            image, target = self.source[key.index]
+        except Exception as error:
+            # A broken file makes Pillow raise anything from OSError to struct.error.
+            name, kind = self.source.name_of(key.index), type(error).__name__
+            raise UsageError(f"cannot read image {name} ({kind}: {error}); repair or remove it") from error
+        with seeded(self.seed, key.epoch, key.position):
+            return self.transform(image), target
+
+
+# -- order ---------------------------------------------------------------------------------------------------------
+
+
+class TrainSampler(Sampler):
+    """This process's share of an epoch's stream of images, from any position on.
+
+    The stream is a function of (seed, epoch) alone; every `world_size`-th element goes to the same process. So
+    with the same total batch, any number of processes sees the same batches. `length` images are seen per epoch,
+    a multiple of the total batch. With repeated augmentation an image comes three times in a row in the stream, and an
+    epoch ends after as many images as the dataset has, rounded down to a multiple of 256 as published.
+    """
+
+    def __init__(self, size: int, total_batch: int, options: Options, processes: Processes) -> None:
+        self.size, self.seed = size, options.seed
+        self.repeats = REPEATS if options.repeated_aug else 1
+        stream = size // 256 * 256 if options.repeated_aug and size >= 256 else size
+        self.length = stream // total_batch * total_batch
+        self.rank, self.world_size = processes.rank, processes.world_size
+        self.epoch = self.start = 0
+        if self.length == 0:
+            raise UsageError(
+                f"{size} training images do not fill one batch of {total_batch} "
+                "(batch_size x processes x accum_steps); lower --batch_size"
+            )
+
+    def place(self, epoch: int, start: int = 0) -> None:
+        """Continue at image `start` (a multiple of the total batch) of `epoch`."""
+        self.epoch, self.start = epoch, start
+
+    def __len__(self) -> int:
+        return (self.length - self.start) // self.world_size
+
+    def __iter__(self) -> Iterator[Key]:
+        generator = torch.Generator().manual_seed(unite_seeds(self.seed, self.epoch))
+        order = torch.randperm(self.size, generator=generator)
+        for position in range(self.start + self.rank, self.length, self.world_size):
+            yield Key(int(order[position // self.repeats]), self.epoch, position)
+
+
+class EvalSampler(Sampler):
+    """Every image once: all of them, or every `world_size`-th when the evaluation is split. Nothing is padded."""
+
+    def __init__(self, size: int, processes: Processes, split: bool) -> None:
+        self.indices = range(processes.rank, size, processes.world_size) if split else range(size)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[Key]:
+        return (Key(index) for index in self.indices)
+
+
+@dataclass
+class Data:
+    """What a run needs to know of its data. train: None when only evaluating; images are (B, 3, S, S) float32.
+
+    updates: optimizer updates per epoch; total_batch: images per update over all processes.
+    """
+
+    train: DataLoader | None
+    val: DataLoader
+    num_classes: int
+    classes: list[str]
+    updates: int
+    total_batch: int
+    dist_eval: bool
+
+    @property
+    def epoch_images(self) -> int:
+        """Images that all processes together see in an epoch."""
+        return self.updates * self.total_batch
+
+    def place(self, epoch: int, start: int = 0) -> int:
+        """Set the training loader to image `start` of `epoch`. Returns the update it stands at."""
+        dataset = self.train.dataset
+        if isinstance(dataset, IterableDataset):  # a stream cannot be entered midway: the epoch starts again
+            dataset.set_epoch(epoch)
+            return 0
+        self.train.sampler.place(epoch, start)
+        return start // self.total_batch
+
+
+def build_data(options: Options, processes: Processes, device: torch.device) -> Data:
+    """Loaders and class names for a run. UsageError for data that cannot be used."""
+    train_source, val_source = open_sources(options)
+    classes = list(getattr(train_source, "classes", []))
+    num_classes = options.num_classes or len(classes)
+    if num_classes == 0:
+        raise UsageError(f"--data_set {options.data_set} does not say how many classes it has; pass --num_classes")
+    if num_classes < len(classes):
+        raise UsageError(f"--num_classes {num_classes} is fewer than the {len(classes)} classes of the data")
+
+    workers = min(options.num_workers, len(os.sched_getaffinity(0)))
+    common = {
+        "num_workers": workers,
+        "pin_memory": options.pin_mem and device.type == "cuda",
+        "persistent_workers": workers > 0,
+        "worker_init_fn": ignore_stop_signals,
+    }
+    total_batch = options.batch_size * processes.world_size * options.accum_steps
+
+    train, updates = None, 0
+    if not options.eval:
+        if isinstance(train_source, IterableDataset):
+            train_source.transform = train_transform(options)
+            train_source.set_loader_cfg(num_workers=workers)
+            train = DataLoader(train_source, options.batch_size, drop_last=True, **common)
+            updates = len(train_source) // total_batch
+        else:
+            sampler = TrainSampler(len(train_source), total_batch, options, processes)
+            dataset = Transformed(train_source, train_transform(options), options.seed)
+            train = DataLoader(dataset, options.batch_size, sampler=sampler, drop_last=True, **common)
+            updates = sampler.length // total_batch
+
+    dist_eval = options.dist_eval and processes.distributed
+    eval_batch = int(1.5 * options.batch_size)
+    if isinstance(val_source, IterableDataset):
+        val_source.transform = eval_transform(options)
+        val_source.set_loader_cfg(num_workers=workers)
+        val, dist_eval = DataLoader(val_source, eval_batch, **common), processes.distributed
+    else:
+        sampler = EvalSampler(len(val_source), processes, split=dist_eval)
+        dataset = Transformed(val_source, eval_transform(options), options.seed)
+        val = DataLoader(dataset, batch_sampler=BatchSampler(sampler, eval_batch, drop_last=False), **common)
+    return Data(train, val, num_classes, classes, updates, total_batch, dist_eval)
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """Workers leave stop requests to the process they load for, which still needs them to reach its checkpoint."""
+    for number in Requests.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,200 @@
+"""One epoch of training, and evaluation. Nothing here writes files or knows of options."""
+
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from timm.data import Mixup
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from errors import NonFiniteLoss
+from utils import Processes, all_reduce_sum, seed_everything
+
+
+@dataclass
+class Precision:
+    """Device and number format. dtype: of autocast, None for float32 throughout; the scaler is active for fp16."""
+
+    device: torch.device
+    dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
+
+
+class LossMeter:
+    """Mean of an epoch's losses, kept on the device so that adding to it waits for nothing."""
+
+    def __init__(self, device: torch.device, processes: Processes) -> None:
+        self.processes = processes
+        dtype = torch.float32 if device.type == "mps" else torch.float64
+        self.sums = torch.zeros(2, dtype=dtype, device=device)  # of losses, and how many
+        self.first_bad = torch.full((), -1, device=device)
+
+    def reset(self) -> None:
+        self.sums.zero_()
+        self.first_bad.fill_(-1)
+
+    def state_dict(self) -> dict[str, list[float]]:
+        return {"sums": self.sums.tolist()}
+
+    def load_state_dict(self, state: dict[str, list[float]]) -> None:
+        """The saved sums are those of all processes: the main one takes them, the others start from zero."""
+        self.reset()
+        if self.processes.is_main:
+            self.sums.copy_(torch.tensor(state["sums"], dtype=self.sums.dtype))
+
+    def add(self, loss: Tensor, update: int) -> None:
+        loss = loss.detach()
+        self.sums += torch.stack([loss, torch.ones_like(loss)])
+        bad = ~torch.isfinite(loss) & (self.first_bad < 0)
+        self.first_bad = torch.where(bad, update, self.first_bad)
+
+    def check(self, epoch: int) -> None:
+        """NonFiniteLoss if any loss so far was not finite. Waits for the device."""
+        bad = int(self.first_bad.item())
+        if bad >= 0:
+            raise NonFiniteLoss(
+                f"the loss is not finite at epoch {epoch}, update {bad}; the last good checkpoint is kept. "
+                "Try a lower --lr, --clip_grad 5 or --amp bf16"
+            )
+
+    def gather(self) -> None:
+        """Move the sums of all processes to the main one."""
+        all_reduce_sum(self.sums, self.processes)
+        if not self.processes.is_main:
+            self.sums.zero_()
+
+    def average(self) -> float:
+        """Mean loss over all updates and processes."""
+        total, count = all_reduce_sum(self.sums.clone(), self.processes).tolist()
+        return total / count
+
+
+@dataclass
+class Stepper:
+    """One optimizer update at a time. Every random number is a function of (seed, epoch, update, process).
+
+    model: on its device, wrapped for distributed training if it is distributed; loss_fn(images, logits, targets).
+    ema: an average of `model`'s weights to keep up. mixup: mixes a batch and its classes.
+    clip_grad: bound of the gradient's norm.
+    """
+
+    model: nn.Module
+    loss_fn: nn.Module
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    processes: Processes
+    ema: ModelEmaV3 | None = None
+    mixup: Mixup | None = None
+    clip_grad: float | None = None
+    accum_steps: int = 1
+    seed: int = 0
+
+    def step(self, batches: Sequence[tuple[Tensor, Tensor]], epoch: int, update: int, meter: LossMeter) -> Tensor:
+        """Update the weights with `accum_steps` batches. Returns the last one's loss, on the device."""
+        scaler = self.precision.scaler
+        for number, (images, targets) in enumerate(batches):
+            images, targets = to_device(images, targets, self.precision.device)
+            seed_everything(self.seed, epoch, update, number, self.processes.rank)
+            if self.mixup is not None:
+                images, targets = self.mixup(images, targets)
+            with self._gradients_stay_local(number < len(batches) - 1):
+                with self.precision.autocast():
+                    loss = self.loss_fn(images, self.model(images), targets)
+                scaler.scale(loss / len(batches)).backward()
+            meter.add(loss, update)
+        if self.clip_grad is not None:
+            scaler.unscale_(self.optimizer)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+        scaler.step(self.optimizer)
+        scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.ema is not None:
+            self.ema.update(unwrapped(self.model))
+        return loss.detach()
+
+    def _gradients_stay_local(self, local: bool) -> AbstractContextManager:
+        distributed = isinstance(self.model, DistributedDataParallel)
+        return self.model.no_sync() if local and distributed else nullcontext()
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, or the model itself."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def to_device(images: Tensor, targets: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """A batch (B, 3, S, S), (B,) on the device, the images in channels-last memory."""
+    images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
+    return images, targets.to(device, non_blocking=True)
+
+
+def train_one_epoch(
+    stepper: Stepper,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    meter: LossMeter,
+    *,
+    epoch: int,
+    updates: int,
+    start: int = 0,
+    after_update: Callable[[int, Tensor], bool] = lambda update, loss: False,
+) -> bool:
+    """Train updates `start` to `updates` - 1 of an epoch. Returns whether it got to the end.
+
+    batches: (images (B, 3, S, S), classes (B,)), starting with those of update `start`.
+    after_update(update, loss): called after each update; training stops there if it returns true.
+    """
+    stepper.model.train()
+    batches = iter(batches)
+    for update in range(start, updates):
+        group = list(islice(batches, stepper.accum_steps))
+        if len(group) < stepper.accum_steps:  # a stream may hold fewer images than it announced
+            break
+        loss = stepper.step(group, epoch, update, meter)
+        if after_update(update, loss):
+            return False
+    return True
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    precision: Precision,
+    processes: Processes = Processes(),  # noqa: B008 (frozen)
+    split: bool = False,
+) -> dict[str, float]:
+    """Top-1 and top-5 accuracy in percent, mean cross-entropy, and the number of images.
+
+    batches: (images (B, 3, S, S), classes (B,)). split: each process has its own share of the images, and the
+    sums over all of them count. Losses are summed in float64, so the split does not show.
+    """
+    model.eval()
+    device = precision.device
+    sums = torch.zeros(4, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    for images, targets in batches:
+        images, targets = to_device(images, targets, device)
+        with precision.autocast():
+            logits = model(images)
+        logits = logits.float()
+        losses = F.cross_entropy(logits, targets, reduction="none").to(sums.dtype)
+        ranked = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+        sums += torch.stack([ranked[:, 0].sum(), ranked.any(1).sum(), losses.sum(), losses.new_tensor(len(targets))])
+    if split:
+        all_reduce_sum(sums, processes)
+    correct1, correct5, loss, images = sums.tolist()
+    return {
+        "acc1": 100 * correct1 / images,
+        "acc5": 100 * correct5 / images,
+        "loss": loss / images,
+        "images": int(images),
+    }

@@ -1,0 +1,33 @@
+"""Ends of a run that need no traceback: one line and an exit code."""
+
+import sys
+from collections.abc import Callable
+
+
+class UsageError(ValueError):
+    """Something the user gave is wrong. The message names it and the remedy; the exit code is 2."""
+
+    def __init__(self, message: str) -> None:
+        # A DataLoader worker re-raises with its traceback as the message: keep the sentence meant for the user.
+        super().__init__(message.rsplit("UsageError: ", 1)[-1].strip())
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training diverged. The exit code is 1."""
+
+
+class Stopped(RuntimeError):
+    """A signal ended the run after its checkpoint was written: running the same command again goes on."""
+
+
+EXIT_CODES = {UsageError: 2, NonFiniteLoss: 1, Stopped: 75}
+"""75 is EX_TEMPFAIL: try again."""
+
+
+def exit_on_error(program: str, main: Callable[[], object]) -> None:
+    """Run `main`; the errors of this module end the process with one line on stderr instead of a traceback."""
+    try:
+        main()
+    except tuple(EXIT_CODES) as error:
+        print(f"{program}: {'' if isinstance(error, Stopped) else 'error: '}{error}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_CODES[type(error)])

@@ -1,0 +1,345 @@
+"""Train and evaluate: python main.py --help."""
+
+import tempfile
+import time
+from datetime import datetime, timedelta
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import yaml
+from timm.data import Mixup
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import models
+import utils
+from checkpoint import (
+    BEST,
+    LAST,
+    TrainingState,
+    build_checkpoint,
+    load_checkpoint,
+    load_latest,
+    load_to_finetune,
+    load_weights,
+    save_checkpoint,
+    weights_of,
+)
+from datasets import Data, build_data
+from engine import LossMeter, Precision, Stepper, evaluate, train_one_epoch
+from errors import Stopped, UsageError, exit_on_error
+from optim_factory import build_loss, build_optimizer, build_scheduler
+from options import RECIPES, Options, mixing, parse_args, to_plain
+from run_log import Progress, RunLog
+from utils import Processes, Request, Requests, format_seconds
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+AMP_DTYPES = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def run(options: Options) -> dict[str, Any]:
+    """One run from start to end, on every process. Returns the figures of its last evaluation."""
+    processes = utils.find_processes()
+    device = utils.choose_device(options.device, processes)
+    torch.backends.cudnn.benchmark = True
+    with utils.process_group(processes, device, options.dist_url, COLLECTIVE_TIMEOUT):
+        if options.load_release:
+            raise UsageError("no released weights are configured yet; pass a checkpoint: --resume or --finetune FILE")
+        return (evaluate_only if options.eval else train)(options, processes, device)
+
+
+def evaluate_only(options: Options, processes: Processes, device: torch.device) -> dict[str, Any]:
+    """Accuracy of a checkpoint, or of an untrained model."""
+    data = build_data(options, processes, device)
+    model = build_model(options, data.num_classes)
+    if options.resume:
+        weights = weights_of(load_checkpoint(options.resume), options.resume, options.use_ema)
+        load_weights(model, weights, options.resume)
+    elif processes.is_main:
+        print("No --resume given: these are untrained weights")
+    model.to(device, memory_format=torch.channels_last)
+    metrics = evaluate(model, data.val, precision_of(options, device), processes, data.dist_eval)
+    report(metrics, processes)
+    return metrics
+
+
+def train(options: Options, processes: Processes, device: torch.device) -> dict[str, Any]:
+    """Train up to `options.epochs` epochs, from scratch or from a checkpoint, evaluating after each."""
+    say = print if processes.is_main else lambda *words: None
+    folder = run_folder(options, processes)
+    resumed = checkpoint_to_resume(options, folder)
+
+    utils.seed_everything(options.seed)
+    data = build_data(options, processes, device)
+    model = build_model(options, data.num_classes)
+    if options.finetune and resumed is None:
+        weights = weights_of(load_checkpoint(options.finetune), options.finetune)
+        fresh = load_to_finetune(model, weights, options.finetune)
+        say(f"Fine-tuning from {options.finetune}" + (f"; newly initialised: {', '.join(fresh)}" if fresh else ""))
+    model.to(device, memory_format=torch.channels_last)
+    ema = None
+    if options.model_ema:
+        ema = ModelEmaV3(model, options.model_ema_decay, device="cpu" if options.model_ema_force_cpu else None)
+    if options.compile:
+        model.compile()
+
+    optimizer = build_optimizer(model, options, data.total_batch)
+    scheduler = build_scheduler(optimizer, options)
+    precision = precision_of(options, device)
+    stepper = Stepper(
+        distribute(model, processes, device),
+        build_loss(options, build_teacher(options, data.num_classes, device)),
+        optimizer,
+        precision,
+        processes,
+        ema=ema,
+        mixup=build_mixup(options, data.num_classes),
+        clip_grad=options.clip_grad,
+        accum_steps=options.accum_steps,
+        seed=options.seed,
+    )
+    state = TrainingState(
+        model,
+        optimizer,
+        scheduler,
+        precision.scaler,
+        meter=LossMeter(device, processes),
+        history=RunLog(*log_folders(options, folder, processes)),
+        args=to_plain(options),
+        classes=data.classes,
+        data={
+            "images per epoch": data.epoch_images,
+            "total batch": data.total_batch,
+            **{name: getattr(options, name) for name in ("data_set", "seed", "repeated_aug")},
+        },
+        model_ema=ema and ema.module,
+        epoch=options.start_epoch,
+    )
+    if resumed is not None:
+        state.restore(*resumed)
+        say(f"Continuing from {resumed[1]}: epoch {state.epoch + 1}, image {state.position}")
+    if processes.is_main:
+        write_options(options, folder)
+        describe(options, data, model, device, processes)
+    state.history.start()
+    train_epochs(options, processes, folder, data, stepper, state)
+    state.history.close()
+    if processes.is_main:
+        summarise(state, folder)
+    return state.history.epochs[-1] if state.history.epochs else {}
+
+
+def train_epochs(
+    options: Options, processes: Processes, folder: Path, data: Data, stepper: Stepper, state: TrainingState
+) -> None:
+    """The loop: from the place where `state` stands to the last epoch. Stopped if a signal ended it early."""
+    meter, optimizer, saved_at = state.meter, state.optimizer, time.monotonic()
+    progress = Progress(
+        options.epochs, data.updates, data.total_batch, options.print_freq, stepper.precision.device, processes.is_main
+    )
+
+    def save(epoch: int, position: int) -> None:
+        nonlocal saved_at
+        meter.gather()
+        state.epoch, state.position, saved_at = epoch, position, time.monotonic()
+        if processes.is_main:
+            save_checkpoint(build_checkpoint(state), folder / LAST)
+
+    with Requests(processes) as requests:
+
+        def after_update(update: int, loss: Tensor) -> bool:
+            lr = optimizer.param_groups[-1]["lr"]
+            progress.advance(update, loss, lr)
+            if progress.due(update):
+                meter.check(epoch)
+                state.history.train_point(epoch + (update + 1) / data.updates, loss.item(), lr)
+            overdue = options.checkpoint_minutes > 0 and time.monotonic() - saved_at > 60 * options.checkpoint_minutes
+            request = requests.agree(save=overdue and processes.is_main)
+            if request != Request.NOTHING:
+                meter.check(epoch)
+                save(epoch, (update + 1) * data.total_batch)
+            return request == Request.STOP
+
+        for epoch in range(state.epoch, options.epochs):
+            started = time.monotonic()
+            state.lr_scheduler.step(epoch)
+            start = data.place(epoch, state.position)
+            if start == 0:
+                meter.reset()
+            progress.start_epoch(epoch, start)
+            finished = train_one_epoch(
+                stepper, data.train, meter, epoch=epoch, start=start, updates=data.updates, after_update=after_update
+            )
+            progress.end_epoch()
+            if not finished:
+                raise Stopped(f"checkpoint written to {folder / LAST}; the same command goes on from there")
+            meter.check(epoch)
+            save(epoch, data.epoch_images)  # so that a run killed while it evaluates loses nothing
+
+            record = {"epoch": epoch, "train_loss": meter.average(), "train_lr": optimizer.param_groups[-1]["lr"]}
+            for name, candidate in {"test": state.model, "test_ema": state.model_ema}.items():
+                if candidate is None:
+                    continue
+                metrics = evaluate(candidate, data.val, stepper.precision, processes, data.dist_eval)
+                report(metrics, processes, "averaged weights: " if name == "test_ema" else "")
+                record |= {f"{name}_{figure}": metrics[figure] for figure in ("acc1", "acc5", "loss")}
+                if metrics["acc1"] > state.best["acc1"]:
+                    state.best = {**metrics, "epoch": epoch, "weights": name.replace("test", "model")}
+                    if processes.is_main:
+                        save_checkpoint(build_checkpoint(state, weights_only=candidate), folder / BEST)
+            record["n_parameters"] = sum(parameter.numel() for parameter in state.model.parameters())
+            record["seconds"] = round(time.monotonic() - started, 2)
+            state.history.end_epoch(record)
+            save(epoch + 1, 0)
+
+
+# -- pieces of a run ----------------------------------------------------------------------------------------------
+
+
+def run_folder(options: Options, processes: Processes) -> Path:
+    """--output_dir, or a fresh folder named by model and time; made by the main process. UsageError if it cannot be."""
+    name = options.output_dir or f"outputs/cls/{options.model}/{datetime.now():%Y%m%d-%H:%M:%S}"
+    folder = Path(utils.broadcast_object(name, processes))
+    if processes.is_main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            raise UsageError(f"cannot write to {folder}: {error.strerror}; choose another --output_dir") from error
+    return folder
+
+
+def log_folders(options: Options, folder: Path, processes: Processes) -> tuple[Path | None, Path | None]:
+    """Where log.txt and TensorBoard's files go; nowhere on all but the main process."""
+    if not processes.is_main:
+        return None, None
+    return folder, Path(options.log_dir or folder / "tf_record_log")
+
+
+def checkpoint_to_resume(options: Options, folder: Path) -> tuple[dict[str, Any], Path] | None:
+    """--resume, or the newest checkpoint of the run's folder, and its path."""
+    if options.resume:
+        return load_checkpoint(options.resume), Path(options.resume)
+    return load_latest(folder) if options.auto_resume else None
+
+
+def build_model(options: Options, num_classes: int) -> nn.Module:
+    """The model of --model with the options' regularisation. UsageError if timm or the model refuses."""
+    if not timm.is_model(options.model):
+        close = get_close_matches(options.model, timm.list_models(), n=3)
+        raise UsageError(
+            f"unknown --model {options.model!r}; did you mean {' or '.join(close) or models.MODEL_NAMES[0]}?"
+        )
+    cfg = timm.get_pretrained_cfg(options.model, allow_unregistered=True)
+    ours = timm.models.is_model_in_modules(options.model, ("debiformer", "biformer"))
+    sized = ours or bool(cfg and cfg.fixed_input_size)
+    try:
+        return timm.create_model(
+            options.model,
+            num_classes=num_classes,
+            drop_rate=options.drop,
+            drop_path_rate=options.drop_path or None,
+            **({"img_size": options.input_size} if sized else {}),
+            **options.model_kwargs,
+        )
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--model {options.model}: {error}") from error
+
+
+def distribute(model: nn.Module, processes: Processes, device: torch.device) -> nn.Module:
+    """The model wrapped so that all processes train it together, if there are several."""
+    if not processes.distributed:
+        return model
+    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def build_teacher(options: Options, num_classes: int, device: torch.device) -> nn.Module | None:
+    """The frozen teacher of --distillation_type; None without distillation."""
+    if options.distillation_type == "none":
+        return None
+    if not timm.is_model(options.teacher_model):
+        raise UsageError(f"unknown --teacher_model {options.teacher_model!r}")
+    teacher = timm.create_model(options.teacher_model, pretrained=not options.teacher_path, num_classes=num_classes)
+    if options.teacher_path:
+        load_weights(
+            teacher, weights_of(load_checkpoint(options.teacher_path), options.teacher_path), options.teacher_path
+        )
+    return teacher.to(device, memory_format=torch.channels_last)
+
+
+def build_mixup(options: Options, num_classes: int) -> Mixup | None:
+    """What mixes batches and smooths their labels; None if mixing is off."""
+    if not mixing(options):
+        return None
+    return Mixup(
+        mixup_alpha=options.mixup,
+        cutmix_alpha=options.cutmix,
+        cutmix_minmax=options.cutmix_minmax,
+        prob=options.mixup_prob,
+        switch_prob=options.mixup_switch_prob,
+        mode=options.mixup_mode,
+        label_smoothing=options.smoothing,
+        num_classes=num_classes,
+    )
+
+
+def precision_of(options: Options, device: torch.device) -> Precision:
+    """The number format of --amp; the published scripts always used fp16, on GPUs."""
+    amp = options.amp if options.amp != "auto" else "fp16" if device.type == "cuda" else "none"
+    return Precision(device, AMP_DTYPES[amp])
+
+
+# -- what a run says -----------------------------------------------------------------------------------------------
+
+
+def report(metrics: dict[str, Any], processes: Processes, prefix: str = "") -> None:
+    """The published scripts' two lines."""
+    if processes.is_main:
+        print(f"{prefix}* Acc@1 {metrics['acc1']:.3f} Acc@5 {metrics['acc5']:.3f} loss {metrics['loss']:.3f}")
+        images, accuracy = metrics["images"], metrics["acc1"]
+        print(f"{prefix}Accuracy of the network on the {images} test images: {accuracy:.1f}%", flush=True)
+
+
+def write_options(options: Options, folder: Path) -> None:
+    (folder / "options.yaml").write_text(yaml.safe_dump(to_plain(options), sort_keys=False))
+
+
+def describe(options: Options, data: Data, model: nn.Module, device: torch.device, processes: Processes) -> None:
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    print(f"{options.model}, {millions:.2f} M parameters, {data.num_classes} classes, on {device}")
+    print(
+        f"{options.data_set}: {data.epoch_images} images per epoch in {data.updates} updates of {data.total_batch}, "
+        f"{processes.world_size} process(es)"
+    )
+    if not options.recipe and (RECIPES / f"{options.model}.yaml").is_file():
+        print(f"configs/recipe/{options.model}.yaml holds the published recipe: --recipe {options.model}")
+
+
+def summarise(state: TrainingState, folder: Path) -> None:
+    best = state.best
+    if "epoch" not in best:
+        print("Nothing was trained")
+        return
+    averaged = " (averaged weights)" if best["weights"] == "model_ema" else ""
+    seconds = sum(record["seconds"] for record in state.history.epochs)
+    print(
+        f"\nBest accuracy {best['acc1']:.2f}% in epoch {best['epoch'] + 1}{averaged}; {format_seconds(seconds)} in all"
+    )
+    for name, meaning in (
+        (BEST, "the best weights: --eval --resume, --finetune"),
+        (LAST, "the last state: the same command with more --epochs goes on"),
+        ("curves.png", "loss, accuracy and learning rate"),
+        ("log.txt", "one line of JSON per epoch"),
+        ("options.yaml", "the options of this run"),
+        ("tf_record_log", "tensorboard --logdir"),
+    ):
+        print(f"  {folder / name}  {meaning}")
+
+
+if __name__ == "__main__":
+    exit_on_error("main.py", lambda: run(parse_args()))

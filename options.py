@@ -1,0 +1,412 @@
+"""Every option of a run, declared once.
+
+The command line of main.py, its --help, the Hydra schema and docs/OPTIONS.md all derive from the dataclasses here.
+`python -m options` prints the documentation table.
+"""
+
+import argparse
+import difflib
+import os
+import sys
+import types
+from collections.abc import Sequence
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from errors import UsageError
+
+RECIPES = Path(__file__).parent / "configs" / "recipe"
+DEFAULT_RECIPE = "debiformer_nano_digits"
+
+
+def option(default: Any, help: str, choices: Sequence[str] = (), at_least: float | None = None) -> Any:
+    """A dataclass field with its help text; `choices` and `at_least` (inclusive) bound its values."""
+    metadata = {"help": help, "choices": tuple(choices), "at_least": at_least}
+    if isinstance(default, list | dict):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class RunOptions:
+    """Run"""
+
+    recipe: str = option("", "name of a YAML file under configs/recipe/ (or a path) whose values become the defaults")
+    batch_size: int = option(64, "images per process and step; evaluation uses 1.5 times as many", at_least=1)
+    epochs: int = option(300, "epochs to train", at_least=1)
+    seed: int = option(0, "fixes weights, data order and augmentation", at_least=0)
+    device: str = option("auto", "auto (a GPU if there is one), cuda, cuda:N, mps or cpu")
+    output_dir: str = option("", "folder of the run; empty: outputs/cls/MODEL/DATE-TIME when training")
+    log_dir: str = option("", "folder for TensorBoard; empty: OUTPUT_DIR/tf_record_log")
+    resume: str = option("", "checkpoint to continue from, or to evaluate with --eval")
+    auto_resume: bool = option(True, "continue from OUTPUT_DIR/checkpoint.pth if it exists")
+    start_epoch: int = option(0, "first epoch to train; a resumed checkpoint overrides it", at_least=0)
+    eval: bool = option(False, "evaluate only")
+    use_ema: bool = option(False, "with --eval --resume: evaluate the checkpoint's averaged weights")
+    dist_eval: bool = option(False, "split the evaluation over all processes; every image is counted exactly once")
+    load_release: bool = option(False, "load the weights published for the model")
+    num_workers: int = option(10, "data loading processes per training process, at most one per usable CPU", at_least=0)
+    pin_mem: bool = option(True, "pin host memory for faster transfers to the GPU")
+    amp: str = option(
+        "auto", "mixed precision; auto: fp16 on CUDA, none elsewhere", choices=("auto", "none", "fp16", "bf16")
+    )
+    compile: bool = option(False, "compile the model with torch.compile")
+    accum_steps: int = option(1, "batches per optimizer update; multiplies the total batch size", at_least=1)
+    checkpoint_minutes: float = option(
+        0.0, "also write a checkpoint every so many minutes; 0: only after epochs", at_least=0
+    )
+    print_freq: int = option(50, "updates between two log lines", at_least=1)
+    world_size: int = option(1, "accepted because published commands have it; the launcher's environment decides")
+    dist_url: str = option("env://", "where processes meet; env:// reads MASTER_ADDR and MASTER_PORT")
+
+
+@dataclass
+class ModelOptions:
+    """Model"""
+
+    model: str = option("debiformer_nano", "a model of this project or any of timm's")
+    input_size: int = option(224, "side of the square training and evaluation images in pixels", at_least=1)
+    drop: float = option(0.0, "dropout before the classifier", at_least=0)
+    drop_path: float = option(0.1, "stochastic depth rate of the last block", at_least=0)
+    model_kwargs: dict[str, Any] = option({}, "further arguments of the model, e.g. n_win=8 depths=2,2,9,3")
+    model_ema: bool = option(
+        True, "keep an exponential moving average of the weights, evaluate it, save the better of both"
+    )
+    model_ema_decay: float = option(0.99996, "decay of the average per update", at_least=0)
+    model_ema_force_cpu: bool = option(False, "keep the average in host memory")
+    finetune: str = option("", "checkpoint to start from; another class count or input size is adapted")
+
+
+@dataclass
+class OptimizerOptions:
+    """Optimizer"""
+
+    opt: str = option("adamw", "any optimizer of timm")
+    opt_eps: float | None = option(1e-8, "epsilon")
+    opt_betas: list[float] | None = option(None, "betas; null: the optimizer's own")
+    clip_grad: float | None = option(None, "clip the gradient's norm; null: off")
+    momentum: float = option(0.9, "momentum of SGD")
+    weight_decay: float = option(0.05, "weight decay; not applied to 1-D tensors and position tables", at_least=0)
+    layer_decay: float | None = option(None, "multiply the rate by this per layer from the head down; null: off")
+
+
+@dataclass
+class ScheduleOptions:
+    """Schedule"""
+
+    sched: str = option("cosine", "any schedule of timm")
+    lr: float = option(5e-4, "learning rate for 512 images in total; scaled linearly to the actual total batch size")
+    lr_noise: list[float] | None = option(None, "noise on the rate: from, to (fractions of the epochs)")
+    lr_noise_pct: float = option(0.67, "bound of the noise as a fraction of the rate")
+    lr_noise_std: float = option(1.0, "standard deviation of the noise")
+    warmup_lr: float = option(1e-6, "rate at the start of the warm-up (not scaled)")
+    min_lr: float = option(1e-5, "lowest rate of cyclic schedules (not scaled)")
+    decay_epochs: float = option(30.0, "epochs between decays of the step schedule")
+    warmup_epochs: int = option(5, "epochs of linear warm-up", at_least=0)
+    cooldown_epochs: int = option(10, "part of the schedule's definition; training ends after `epochs` all the same")
+    patience_epochs: int = option(10, "patience of the plateau schedule")
+    decay_rate: float = option(0.1, "factor of the step schedule")
+
+
+@dataclass
+class AugmentationOptions:
+    """Augmentation"""
+
+    color_jitter: float | None = option(0.4, "colour jitter, used where --aa is off")
+    aa: str | None = option("rand-m9-mstd0.5-inc1", "AutoAugment or RandAugment policy; null or none: off")
+    smoothing: float = option(0.1, "label smoothing", at_least=0)
+    train_interpolation: str = option("bicubic", "resizing in training", choices=("random", "bilinear", "bicubic"))
+    scale: list[float] = option([0.08, 1.0], "area of a random crop as fractions of the image: smallest, largest")
+    hflip: float = option(0.5, "probability of a horizontal flip", at_least=0)
+    repeated_aug: bool = option(True, "repeated augmentation: three views of an image per epoch, a third of the images")
+    reprob: float = option(0.25, "probability of random erasing", at_least=0)
+    remode: str = option("pixel", "what erased areas are filled with", choices=("const", "rand", "pixel"))
+    recount: int = option(1, "erased areas per image", at_least=1)
+    resplit: bool = option(
+        False, "accepted because published commands have it; acts on augmentation splits, not made here"
+    )
+    crop_pct: float | None = option(None, "evaluation: centre crop as a fraction of the resized side; null: 224/256")
+
+
+@dataclass
+class MixingOptions:
+    """Mixing"""
+
+    mixup: float = option(0.8, "mixup alpha; 0: off", at_least=0)
+    cutmix: float = option(1.0, "CutMix alpha; 0: off", at_least=0)
+    cutmix_minmax: list[float] | None = option(None, "smallest and largest side of the CutMix box; overrides alpha")
+    mixup_prob: float = option(1.0, "probability of mixing a batch", at_least=0)
+    mixup_switch_prob: float = option(0.5, "probability of CutMix where both are on", at_least=0)
+    mixup_mode: str = option("batch", "mix per batch, pair or element", choices=("batch", "pair", "elem"))
+
+
+@dataclass
+class DistillationOptions:
+    """Distillation"""
+
+    teacher_model: str = option("regnety_160", "any model of timm")
+    teacher_path: str = option("", "checkpoint of the teacher; empty: timm's pretrained weights")
+    distillation_type: str = option("none", "what the teacher teaches", choices=("none", "soft", "hard"))
+    distillation_alpha: float = option(0.5, "weight of the teacher, 0..1", at_least=0)
+    distillation_tau: float = option(1.0, "temperature of soft distillation", at_least=0)
+
+
+@dataclass
+class DataOptions:
+    """Data"""
+
+    data_path: str = option("", "folder of the data; ImageNet: with train/ and val/")
+    data_set: str = option(
+        "IMNET",
+        "IMNET (any folder with train/CLASS/ and val/CLASS/), CIFAR (100), INAT, INAT19, DIGITS (1,797 scanned digits, "
+        "no download), TAR (train.tar and val.tar), or a timm dataset such as hfds/NAME or wds/NAME",
+    )
+    num_classes: int | None = option(None, "classes of the classifier; null: as many as the data has", at_least=1)
+    train_split: str = option("train", "training split of a timm dataset")
+    val_split: str = option("validation", "evaluation split of a timm dataset")
+    inat_category: str = option(
+        "name",
+        "level of iNaturalist's labels",
+        choices=("name", "kingdom", "phylum", "class", "order", "supercategory", "family", "genus"),
+    )
+
+
+@dataclass
+class Options(
+    DataOptions,
+    DistillationOptions,
+    MixingOptions,
+    AugmentationOptions,
+    ScheduleOptions,
+    OptimizerOptions,
+    ModelOptions,
+    RunOptions,
+):
+    """All options of a run."""
+
+
+GROUPS = (
+    RunOptions,
+    ModelOptions,
+    OptimizerOptions,
+    ScheduleOptions,
+    AugmentationOptions,
+    MixingOptions,
+    DistillationOptions,
+    DataOptions,
+)
+NULLS = ("none", "null")
+
+
+def parse_args(argv: Sequence[str] | None = None, program: str = "main.py") -> Options:
+    """The options of a command line. Exits with code 2 on a bad one, and with 0 after --help.
+
+    Both spellings, --batch-size and --batch_size, are taken. Later beats earlier, the command line beats the recipe.
+    """
+    argv = [_with_underscores(arg) for arg in (sys.argv[1:] if argv is None else argv)]
+    parser = _parser(program)
+    try:
+        given, unknown = parser.parse_known_args(argv)
+        if unknown:
+            parser.error(_unknown_option(unknown[0]))
+        values = vars(given)
+        values.pop("local_rank", None)
+        return with_recipe(values)
+    except UsageError as error:
+        parser.error(str(error))
+
+
+def with_recipe(values: dict[str, Any]) -> Options:
+    """Options from the values that were given, on top of the recipe they name (or the default one), validated."""
+    recipe = values.get("recipe", "")
+    if not values.keys() & {"recipe", "model", "data_path", "data_set"}:
+        recipe = DEFAULT_RECIPE
+        if os.environ.get("RANK", "0") == "0":
+            print(f"No --data_path, --data_set, --model or --recipe given: using --recipe {recipe}", flush=True)
+    options = load_recipe(recipe) if recipe else Options()
+    for name, value in values.items():
+        setattr(options, name, value)
+    options.recipe = recipe
+    validate(options)
+    return options
+
+
+def load_recipe(name: str) -> Options:
+    """Read configs/recipe/NAME.yaml, or a YAML file at path `name`, over the defaults. UsageError if it is wrong."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
+        raise UsageError(f"there is no recipe {name!r}; known: {known}")
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Options), OmegaConf.load(path))
+    except (OmegaConfBaseException, YAMLError, UnicodeDecodeError) as error:
+        raise UsageError(f"recipe {path}: {str(error).splitlines()[0]}") from error
+    return OmegaConf.to_object(merged)
+
+
+def validate(options: Options) -> None:
+    """UsageError if a value is out of its range or contradicts another."""
+    for spec in fields(options):
+        value = getattr(options, spec.name)
+        choices, at_least = spec.metadata["choices"], spec.metadata["at_least"]
+        if choices and value not in choices:
+            raise UsageError(f"--{spec.name} must be one of {', '.join(choices)}, not {value!r}")
+        if at_least is not None and value is not None and value < at_least:
+            raise UsageError(f"--{spec.name} must be at least {at_least}, not {value}")
+    for name in ("lr_noise", "cutmix_minmax", "scale", "opt_betas"):
+        value = getattr(options, name)
+        if value is not None and len(value) != 2 and not (name == "lr_noise" and len(value) == 1):
+            raise UsageError(f"--{name} takes two numbers, not {value}")
+    if mixing(options) and options.batch_size % 2:
+        raise UsageError(f"mixup and CutMix pair images: --batch_size must be even, not {options.batch_size}")
+
+
+def mixing(options: Options) -> bool:
+    """Whether batches are mixed (by mixup or CutMix)."""
+    return options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax is not None
+
+
+def to_plain(options: Options) -> dict[str, Any]:
+    """The options as a dict of plain values, fit for YAML and for checkpoints."""
+    return asdict(options)
+
+
+def markdown_table() -> str:
+    """All options with defaults and help, grouped, for the documentation."""
+    lines = []
+    for group in GROUPS:
+        lines += [f"## {group.__doc__}", "", "| option | default | meaning |", "|---|---|---|"]
+        for spec in fields(group):
+            default = _default(spec)
+            shown = (
+                {None: "null", "": "''", True: "true", False: "false"}.get(default, default) if default != {} else "{}"
+            )
+            choices = f" ({', '.join(spec.metadata['choices'])})" if spec.metadata["choices"] else ""
+            lines.append(f"| `{spec.name}` | `{shown}` | {spec.metadata['help']}{choices} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line; the default also prints a screenful of usage."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=program,
+        usage="%(prog)s [--OPTION VALUE ...]",
+        description="Train and evaluate DeBiFormer, BiFormer and any model of timm.",
+        epilog="Without any option: trains debiformer_nano on the digits that come with scikit-learn. "
+        "Published recipes: --recipe debiformer_small --data_path ./data/in1k. "
+        "Switches take --no_NAME, too. Dashes may stand for underscores.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    for group in GROUPS:
+        section = parser.add_argument_group(group.__doc__)
+        hints = get_type_hints(group)
+        for spec in fields(group):
+            _add_argument(section, spec, hints[spec.name])
+    # torch.distributed.launch passes it; the environment says the same.
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser
+
+
+def _add_argument(section: Any, spec: Field, hint: Any) -> None:
+    default = _default(spec)
+    shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
+    help = spec.metadata["help"].replace("%", "%%") + (f" (default: {shown})" if shown not in ("", {}) else "")
+    flag, choices = f"--{spec.name}", spec.metadata["choices"] or None
+    hint, optional = _without_none(hint)
+    if hint is bool:
+        section.add_argument(flag, nargs="?", const=True, type=_boolean, metavar="true|false", help=help)
+        section.add_argument(f"--no_{spec.name}", dest=spec.name, action="store_false", help=argparse.SUPPRESS)
+    elif get_origin(hint) is list:
+        section.add_argument(flag, nargs="+", action=_Numbers, metavar="X", help=help)
+    elif get_origin(hint) is dict:
+        section.add_argument(flag, nargs="+", action=_KeyValues, metavar="NAME=VALUE", help=help)
+    else:
+        metavar = "{" + ",".join(choices) + "}" if choices else hint.__name__.upper()
+        section.add_argument(flag, type=_nullable(hint) if optional else hint, metavar=metavar, help=help)
+
+
+def _default(spec: Field) -> Any:
+    return spec.default if spec.default_factory is MISSING else spec.default_factory()
+
+
+def _without_none(hint: Any) -> tuple[Any, bool]:
+    if get_origin(hint) in (Union, types.UnionType):
+        return next(arg for arg in get_args(hint) if arg is not type(None)), True
+    return hint, False
+
+
+def _boolean(text: str) -> bool:
+    if text.lower() in ("true", "1", "yes"):
+        return True
+    if text.lower() in ("false", "0", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected true or false, not {text!r}")
+
+
+def _nullable(convert: type) -> Any:
+    def parse(text: str) -> Any:
+        return None if text.lower() in NULLS else convert(text)
+
+    parse.__name__ = convert.__name__  # argparse names the type in its messages
+    return parse
+
+
+class _Numbers(argparse.Action):
+    """--opt_betas 0.9 0.95, or 0.9,0.95, or null."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        words = [word for value in values for word in value.split(",") if word]
+        try:
+            numbers = None if words[0].lower() in NULLS else [float(word) for word in words]
+        except (ValueError, IndexError):
+            parser.error(f"argument {option_string}: expected numbers, not {' '.join(values)!r}")
+        setattr(namespace, self.dest, numbers)
+
+
+class _KeyValues(argparse.Action):
+    """--model_kwargs n_win=8 depths=2,2,9,3: numbers, true, false, null, words, and comma-separated lists of them."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
+        result = dict(getattr(namespace, self.dest, {}))
+        for item in values:
+            name, separator, text = item.partition("=")
+            if not separator:
+                parser.error(f"argument {option_string}: expected NAME=VALUE, not {item!r}")
+            result[name] = [_plain_value(word) for word in text.split(",")] if "," in text else _plain_value(text)
+        setattr(namespace, self.dest, result)
+
+
+def _plain_value(text: str) -> Any:
+    return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+
+
+def _with_underscores(arg: str) -> str:
+    if not arg.startswith("--"):
+        return arg
+    name, separator, value = arg.partition("=")
+    return "--" + name[2:].replace("-", "_") + separator + value
+
+
+def _unknown_option(arg: str) -> str:
+    name = arg.partition("=")[0].removeprefix("--")
+    known = [spec.name for spec in fields(Options)]
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    if not arg.startswith("--"):
+        return f"unexpected argument {arg!r}; options start with --, see --help"
+    return f"unknown option --{name}" + (f"; did you mean --{close[0]}?" if close else "; see --help")
+
+
+if __name__ == "__main__":
+    print(markdown_table())

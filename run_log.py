@@ -1,0 +1,165 @@
+"""What a run tells: its progress on the terminal, and log.txt, TensorBoard and curves.png in its folder.
+
+The files come from one history, which checkpoints carry: a run that goes on from a checkpoint writes them anew, so no
+epoch and no point appears twice.
+"""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from utils import format_seconds, peak_memory
+
+POINTS_PER_EPOCH = 1000
+"""TensorBoard's step for an epoch of training scalars, so that curves of different batch sizes line up."""
+
+
+class RunLog:
+    """Writes to `folder` (None: nowhere, on processes that only train along).
+
+    epochs: one dict per finished epoch, as in log.txt. points: (tag, value, step) of every TensorBoard scalar.
+    """
+
+    def __init__(self, folder: Path | None, tensorboard_folder: Path | None) -> None:
+        self.folder, self.tensorboard_folder = folder, tensorboard_folder
+        self.epochs: list[dict[str, Any]] = []
+        self.points: list[tuple[str, float, int]] = []
+        self._writer = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epochs": list(self.epochs), "points": list(self.points)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epochs, self.points = list(state["epochs"]), [tuple(point) for point in state["points"]]
+
+    def start(self) -> None:
+        """Open the files and write the records so far."""
+        if self.folder is None:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        for old in self.tensorboard_folder.glob("events.out.tfevents.*"):
+            old.unlink()
+        self._writer = SummaryWriter(str(self.tensorboard_folder))
+        for tag, value, step in self.points:
+            self._writer.add_scalar(tag, value, step)
+        self._write_text()
+
+    def train_point(self, epoch: float, loss: float, lr: float) -> None:
+        """Loss and learning rate at a (fractional) epoch."""
+        self._add({"loss": loss, "lr": lr}, round(epoch * POINTS_PER_EPOCH))
+
+    def end_epoch(self, record: dict[str, Any]) -> None:
+        """Take a finished epoch into the records: its number, learning rate, and train_* and test_* values."""
+        self.epochs.append(record)
+        perf = {f"perf/{name}": value for name, value in record.items() if name.startswith("test_")}
+        self._add(perf, record["epoch"])
+        if self._writer is not None:
+            self._writer.flush()
+            self._write_text()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self.draw_curves()
+
+    def _add(self, values: dict[str, float], step: int) -> None:
+        for tag, value in values.items():
+            self.points.append((tag, value, step))
+            if self._writer is not None:
+                self._writer.add_scalar(tag, value, step)
+
+    def _write_text(self) -> None:
+        path = self.folder / "log.txt"
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in self.epochs))
+        os.replace(temporary, path)
+
+    def draw_curves(self) -> None:
+        """curves.png: loss, accuracy and learning rate over the epochs."""
+        if self.folder is None or not self.epochs:
+            return
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(12, 3.5), layout="constrained")
+        losses, accuracies, rates = figure.subplots(1, 3)
+        x = [record["epoch"] for record in self.epochs]
+        curves = (
+            (losses, "train_loss", "training"),
+            (losses, "test_loss", "test"),
+            (losses, "test_ema_loss", "test, averaged weights"),
+            (accuracies, "test_acc1", "top-1"),
+            (accuracies, "test_acc5", "top-5"),
+            (accuracies, "test_ema_acc1", "top-1, averaged weights"),
+            (rates, "train_lr", "learning rate"),
+        )
+        marker = "o" if len(x) < 3 else ""
+        for axes, name, label in curves:
+            if name in self.epochs[-1]:
+                axes.plot(x, [record.get(name) for record in self.epochs], label=label, marker=marker)
+        for axes, title in ((losses, "loss"), (accuracies, "accuracy (%)"), (rates, "learning rate")):
+            axes.set(title=title, xlabel="epoch")
+            axes.grid(alpha=0.3)
+            axes.legend()
+        figure.savefig(self.folder / "curves.png", dpi=120)
+
+
+class Progress:
+    """A live bar on a terminal; elsewhere a plain line every `every` updates. Says nothing unless `shown`.
+
+    updates: per epoch; images: per update, over all processes.
+    """
+
+    def __init__(self, epochs: int, updates: int, images: int, every: int, device: torch.device, shown: bool) -> None:
+        self.epochs, self.updates, self.images, self.every = epochs, updates, images, every
+        self.device, self.shown = device, shown
+        self.live = shown and sys.stderr.isatty()
+        self.bar: tqdm | None = None
+        self.run_started: tuple[float, int] | None = None
+
+    def start_epoch(self, epoch: int, update: int) -> None:
+        now = time.monotonic()
+        if self.run_started is None:
+            self.run_started = now, epoch * self.updates + update
+        self.epoch, self.epoch_started = epoch, (now, update)
+        self.title = f"epoch {epoch + 1}/{self.epochs}"
+        if self.live:
+            self.bar = tqdm(total=self.updates, initial=update, desc=self.title, unit="update", leave=False)
+
+    def due(self, update: int) -> bool:
+        """Whether this update (0-based) gets a line; the same on all processes."""
+        return (update + 1) % self.every == 0 or update + 1 == self.updates
+
+    def advance(self, update: int, loss: Tensor, lr: float) -> None:
+        """Count an update as done. Reads the loss from the device when due."""
+        if self.bar is not None:
+            self.bar.update()
+        if not (self.shown and self.due(update)):
+            return
+        now, (then, first) = time.monotonic(), self.epoch_started
+        speed = (update + 1 - first) * self.images / (now - then)
+        line = (
+            f"loss {loss.item():.4f}  lr {lr:.2e}  {speed:.0f} images/s  eta {self._eta(update, now)}  "
+            f"memory {peak_memory(self.device):.0f} MB"
+        )
+        if self.bar is not None:
+            self.bar.set_postfix_str(line)
+        else:
+            print(f"{self.title}  update {update + 1}/{self.updates}  {line}", flush=True)
+
+    def end_epoch(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def _eta(self, update: int, now: float) -> str:
+        then, first = self.run_started
+        done = self.epoch * self.updates + update + 1
+        return format_seconds((now - then) / (done - first) * (self.epochs * self.updates - done))

@@ -1,0 +1,195 @@
+"""Processes, devices, random numbers and small meters."""
+
+import contextlib
+import os
+import random
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import IntEnum
+from types import FrameType
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from errors import UsageError
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among those that train together. rank: 0..world_size-1; local_rank counts within the machine."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+
+    @property
+    def is_main(self) -> bool:
+        """Only the main process writes files and prints."""
+        return self.rank == 0
+
+    @property
+    def distributed(self) -> bool:
+        return self.world_size > 1
+
+
+def find_processes(environ: dict[str, str] | None = None) -> Processes:
+    """Rank and world size from torchrun's environment, else from Slurm's, else a single process."""
+    env = os.environ if environ is None else environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
+        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
+    else:
+        return Processes()
+    rank, world_size = int(env[names[0]]), int(env[names[1]])
+    return Processes(rank, world_size, int(env.get(names[2], rank)), int(env.get(names[3], world_size)))
+
+
+def choose_device(name: str, processes: Processes) -> torch.device:
+    """The device of this process for --device `name`; auto takes a GPU if there is one. UsageError if it is missing."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name!r} is not a device; use auto, cuda, cuda:N, mps or cpu") from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError(f"--device {name}: no CUDA GPU is visible; use --device cpu")
+        index = processes.local_rank if device.index is None else device.index
+        if index >= torch.cuda.device_count():
+            raise UsageError(f"GPU {index} was asked for, but only {torch.cuda.device_count()} are visible")
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    elif device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("--device mps: not available on this machine; use --device cpu")
+    return device
+
+
+@contextlib.contextmanager
+def process_group(processes: Processes, device: torch.device, dist_url: str, timeout: timedelta) -> Iterator[None]:
+    """Joins the other processes (NCCL on CUDA, gloo elsewhere) for the duration of the block."""
+    if not processes.distributed:
+        yield
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, dist_url, timeout, processes.world_size, processes.rank)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def broadcast_object(value: object, processes: Processes) -> object:
+    """The main process's `value`, on every process."""
+    if not processes.distributed:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def all_reduce_sum(values: Tensor, processes: Processes) -> Tensor:
+    """The sum of `values` over all processes, in place."""
+    if processes.distributed:
+        dist.all_reduce(values)
+    return values
+
+
+def unite_seeds(*parts: int) -> int:
+    """One 32-bit seed from several non-negative numbers; different numbers give unrelated seeds."""
+    return int(np.random.SeedSequence(parts).generate_state(1)[0])
+
+
+def seed_everything(*parts: int) -> None:
+    """Seed Python, NumPy and torch (all devices) by a tuple of numbers, such as (seed, epoch, update, rank)."""
+    seed = unite_seeds(*parts)
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+@contextlib.contextmanager
+def seeded(*parts: int) -> Iterator[None]:
+    """Random numbers on the host are a function of `parts` inside the block; the generators' states come back after."""
+    seed = unite_seeds(*parts)
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which also queues work for every GPU
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+
+
+class Request(IntEnum):
+    """What all processes do after an update. The largest wish of any process wins."""
+
+    NOTHING = 0
+    SAVE = 1
+    STOP = 2
+
+
+class Requests:
+    """Brings about that all processes save, or save and stop, after one and the same update.
+
+    SIGTERM, SIGINT and SIGUSR2 ask for a stop; any of them may reach one process alone. So after each update the
+    processes exchange one number over gloo, and its answer is read an update later: nobody waits for it, and the
+    GPU is not synchronised. Use as a context; the signals' former handlers come back at its end.
+    """
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+
+    def __init__(self, processes: Processes) -> None:
+        self.signal: signal.Signals | None = None
+        self._group = dist.new_group(backend="gloo") if processes.distributed else None
+        self._pending: tuple[Tensor, dist.Work] | None = None
+
+    def __enter__(self) -> "Requests":
+        self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait for the checkpoint
+        self.signal = signal.Signals(number)
+
+    def agree(self, save: bool = False) -> Request:
+        """What all do now. Every process calls this after every update; `save`: this process wishes to save."""
+        wish = Request.STOP if self.signal is not None else Request.SAVE if save else Request.NOTHING
+        if self._group is None:
+            return wish
+        answer = Request.NOTHING
+        if self._pending is not None:
+            number, work = self._pending
+            work.wait()
+            answer = Request(int(number.item()))
+        number = torch.tensor(int(wish))
+        self._pending = number, dist.all_reduce(number, dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return answer
+
+
+def format_seconds(seconds: float) -> str:
+    """1:02:03 for 3723."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+def peak_memory(device: torch.device) -> float:
+    """Most memory held so far, in MB: of the GPU, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    import resource  # Unix only
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
