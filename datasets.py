@@ -4,7 +4,9 @@ Every random choice about an image is a function of (seed, epoch, position): `po
 processes together see in an epoch. The state of a worker never matters, so a place in the data is one number.
 """
 
+import atexit
 import json
+import multiprocessing
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -15,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_dataset, create_transform
+from timm.data import ImageDataset, create_dataset, create_transform
 from timm.data.readers import create_reader
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler
@@ -88,8 +90,10 @@ class Digits(Dataset):
 class ReaderImages(Dataset):
     """The images of a timm reader (tar files, Hugging Face datasets)."""
 
-    def __init__(self, reader: Any, classes: Sequence[str]) -> None:
-        self.reader, self.classes = reader, list(classes)
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+        number_of = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
+        self.classes = sorted(number_of, key=number_of.get)
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -125,12 +129,16 @@ def image_folders(root: str) -> tuple[ImageFiles, ImageFiles]:
                 raise UsageError(f"{folder} has no class folders; put the images in {folder}/CLASS/") from error
             raise UsageError(f"class folder {folder / empty[0]} holds no image; fill or remove it") from error
         parts.append(ImageFiles(found.samples, found.classes))
-    train, val = parts
+    return check_same_classes(root, *parts)
+
+
+def check_same_classes(root: str, train: Dataset, val: Dataset) -> tuple[Dataset, Dataset]:
+    """The two datasets as they are. UsageError if their classes differ."""
     if train.classes != val.classes:
-        only = [f"{name} (only in train/)" for name in sorted(set(train.classes) - set(val.classes))]
-        only += [f"{name} (only in val/)" for name in sorted(set(val.classes) - set(train.classes))]
+        only = [f"{name} (only in train)" for name in sorted(set(train.classes) - set(val.classes))]
+        only += [f"{name} (only in val)" for name in sorted(set(val.classes) - set(train.classes))]
         more = f" and {len(only) - 3} more" if len(only) > 3 else ""
-        raise UsageError(f"{root}: train/ and val/ hold different classes: {', '.join(only[:3])}{more}")
+        raise UsageError(f"{root}: train and val hold different classes: {', '.join(only[:3])}{more}")
     return train, val
 
 
@@ -187,7 +195,7 @@ def open_sources(options: Options) -> tuple[Dataset, Dataset]:
     if name in ("INAT", "INAT19"):
         return inaturalist(root, 2019 if name == "INAT19" else 2018, options.inat_category)
     if name == "TAR":
-        return _tar_source(root, "train"), _tar_source(root, "val")
+        return check_same_classes(root, _tar_source(root, "train"), _tar_source(root, "val"))
     if "/" in name:
         return _timm_source(options, train=True), _timm_source(options, train=False)
     raise UsageError(f"unknown --data_set {name!r}; known: IMNET, CIFAR, INAT, INAT19, DIGITS, TAR, hfds/…, wds/…")
@@ -197,8 +205,7 @@ def _tar_source(root: str, split: str) -> ReaderImages:
     path = Path(root, f"{split}.tar")
     if not path.is_file():
         raise UsageError(f"{path} is missing; --data_set TAR reads train.tar and val.tar, with one folder per class")
-    reader = create_reader("", root=str(path))
-    return ReaderImages(reader, list(reader.class_to_idx))
+    return ReaderImages(create_reader("", root=str(path)))
 
 
 def _timm_source(options: Options, train: bool) -> Dataset:
@@ -216,11 +223,7 @@ def _timm_source(options: Options, train: bool) -> Dataset:
         raise UsageError(f"--data_set {options.data_set} needs another package: {error}") from error
     except (AssertionError, OSError, RuntimeError, ValueError) as error:
         raise UsageError(f"--data_set {options.data_set}, split {split!r}: {error}") from error
-    if isinstance(dataset, IterableDataset):
-        return dataset
-    features = getattr(dataset.reader.dataset, "features", {})
-    label = features.get(getattr(dataset.reader, "label_key", "label"))
-    return ReaderImages(dataset.reader, getattr(label, "names", None) or [])
+    return ReaderImages(dataset.reader) if isinstance(dataset, ImageDataset) else dataset
 
 
 # -- transforms ----------------------------------------------------------------------------------------------------
@@ -269,7 +272,8 @@ class Transformed(Dataset):
             image, target = self.source[key.index]
         except Exception as error:
             # A broken file makes Pillow raise anything from OSError to struct.error.
-            name, kind = self.source.name_of(key.index), type(error).__name__
+            kind = type(error).__name__
+            name = self.source.name_of(key.index) if hasattr(self.source, "name_of") else f"number {key.index}"
             raise UsageError(f"cannot read image {name} ({kind}: {error}); repair or remove it") from error
         with seeded(self.seed, key.epoch, key.position):
             return self.transform(image), target
@@ -406,3 +410,13 @@ def ignore_stop_signals(worker: int) -> None:
     """Workers leave stop requests to the process they load for, which still needs them to reach its checkpoint."""
     for number in Requests.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def _end_workers() -> None:
+    """Python ends left-over workers by SIGTERM, which they ignore, and would wait for them for ever."""
+    workers = multiprocessing.active_children()
+    if workers:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes their death for a crash
+    for worker in workers:
+        worker.kill()

@@ -6,6 +6,7 @@ The command line of main.py, its --help, the Hydra schema and docs/OPTIONS.md al
 
 import argparse
 import difflib
+import json
 import os
 import sys
 import types
@@ -278,16 +279,12 @@ def to_plain(options: Options) -> dict[str, Any]:
 
 def markdown_table() -> str:
     """All options with defaults and help, grouped, for the documentation."""
-    lines = []
+    lines = ["# Options", "", "Written by `python -m options`. Hydra spells them the same way.", ""]
     for group in GROUPS:
         lines += [f"## {group.__doc__}", "", "| option | default | meaning |", "|---|---|---|"]
         for spec in fields(group):
-            default = _default(spec)
-            shown = (
-                {None: "null", "": "''", True: "true", False: "false"}.get(default, default) if default != {} else "{}"
-            )
             choices = f" ({', '.join(spec.metadata['choices'])})" if spec.metadata["choices"] else ""
-            lines.append(f"| `{spec.name}` | `{shown}` | {spec.metadata['help']}{choices} |")
+            lines.append(f"| `{spec.name}` | {_shown(spec)} | {spec.metadata['help']}{choices} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -320,9 +317,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
 
 
 def _add_argument(section: Any, spec: Field, hint: Any) -> None:
-    default = _default(spec)
-    shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
-    help = spec.metadata["help"].replace("%", "%%") + (f" (default: {shown})" if shown not in ("", {}) else "")
+    shown = _shown(spec)
+    help = spec.metadata["help"].replace("%", "%%") + (f" (default: {shown})" if shown else "")
     flag, choices = f"--{spec.name}", spec.metadata["choices"] or None
     hint, optional = _without_none(hint)
     if hint is bool:
@@ -339,6 +335,12 @@ def _add_argument(section: Any, spec: Field, hint: Any) -> None:
 
 def _default(spec: Field) -> Any:
     return spec.default if spec.default_factory is MISSING else spec.default_factory()
+
+
+def _shown(spec: Field) -> str:
+    """The default as YAML would have it; nothing for what is empty."""
+    default = _default(spec)
+    return "" if default in ("", {}) else default if isinstance(default, str) else json.dumps(default)
 
 
 def _without_none(hint: Any) -> tuple[Any, bool]:
@@ -409,4 +411,4 @@ def _unknown_option(arg: str) -> str:
 
 
 if __name__ == "__main__":
-    print(markdown_table())
+    print(markdown_table(), end="")

@@ -4,12 +4,13 @@ Maps between stages are (B, C, H, W), kept in channels-last memory, at strides 4
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.fx
 import torch.nn.functional as F
-from timm.layers import SelectAdaptivePool2d
+from timm.layers import SelectAdaptivePool2d, calculate_drop_path_rates
 from timm.models import checkpoint
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
@@ -115,11 +116,11 @@ class Backbone(nn.Module):
         )
         merges = [
             nn.Sequential(nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after))
-            for before, after in zip(embed_dims[:-1], embed_dims[1:], strict=True)
+            for before, after in pairwise(embed_dims)
         ]
         self.downsample_layers = nn.ModuleList([stem, *merges])
 
-        rates = iter(torch.linspace(0, drop_path_rate, sum(depths)).tolist())
+        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         self.stages = nn.ModuleList(
             nn.Sequential(*(make_block(stage, next(rates)) for _ in range(depth))) for stage, depth in enumerate(depths)
         )

@@ -1,7 +1,7 @@
 """A throw-away Slurm cluster on this machine: munged, slurmctld and one slurmd per node, all in one folder.
 
-Nothing outside the folder is written: no systemd, no database, no cgroups, nothing under /etc. It starts in half a
-second and is meant for trying out job scripts and for tests; CPUs, memory and GPUs are only pretended.
+Nothing outside the folder is written: no systemd, no database, no cgroups, nothing under /etc. It starts in a fifth of
+a second and is meant for trying out job scripts and for tests; CPUs, memory and GPUs are only pretended.
 
     python slurm/local_cluster.py --help
 
@@ -14,6 +14,7 @@ In Python:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import pwd
 import random
@@ -60,7 +61,11 @@ for id in $ids; do scontrol show job -o "$id" 2>/dev/null; done | awk '{
 # The daemons in order. As soon as one ends, so does this script, and with it all the others.
 START = """\
 ready() {{
-    for _ in $(seq 200); do "$@" >/dev/null 2>&1 && return; sleep 0.05; done
+    for _ in $(seq 200); do
+        "$@" >/dev/null 2>&1 && return
+        kill -0 $! || break
+        sleep 0.05
+    done
     echo "no answer from: $*" >&2
     exit 1
 }}
@@ -163,7 +168,8 @@ class LocalCluster:
         if self._process is not None:
             # One signal for the whole group: a controller that outlives its nodes would requeue their jobs, and a job
             # step that outlives munged would wait for it.
-            os.killpg(self._process.pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
         _wait_until(self._all_killed, 10, "the cluster's processes to end")
@@ -221,7 +227,7 @@ class LocalCluster:
         fields = self.call("scontrol", "show", "job", "--oneliner", str(job_id)).split()
         return dict(field.split("=", 1) for field in fields if "=" in field)
 
-    def wait_for_state(self, job_id: int, *states: str, timeout: float = 30) -> str:
+    def wait_for_state(self, job_id: int, *states: str, timeout: float = 60) -> str:
         """Wait until a job is in one of the states (RUNNING, COMPLETED, ...) and return that. Raises TimeoutError."""
         state = ""
 
@@ -353,10 +359,8 @@ PartitionName=high Nodes={nodes} MaxTime=INFINITE PriorityTier=10 PreemptMode=OF
         """SIGKILL to all that is left; True once nothing is."""
         left = self.processes()
         for pid in left:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
         return not left
 
 

@@ -82,9 +82,9 @@ dist.destroy_process_group()
 
 
 def test_train_starts_consistent_ranks(project, cluster):
-    arguments = ["--model", "debiformer_tiny", "--output_dir", "a folder", "--note", "it's \"$HOME\""]
+    arguments = ["--model", "debiformer_tiny", "--output_dir", "a folder", "--note", 'it\'s "$HOME"']
     job = project.submit("train.sbatch", *arguments, main=ALL_REDUCE)
-    assert cluster.wait_for_state(job, "COMPLETED", "FAILED", timeout=60) == "COMPLETED", project.log()
+    assert cluster.wait_for_state(job, "COMPLETED", "FAILED") == "COMPLETED", project.log()
     reports = project.reports(4)
     for rank, report in enumerate(reports):
         env = report["env"]
@@ -116,7 +116,7 @@ def test_eval_adds_its_flag(project, cluster):
 
 def test_exit_code_75_runs_the_job_again(project, cluster):
     job = project.submit("train.sbatch", "--epochs", "3", nodes=1, main="report(); sys.exit(0 if again else 75)")
-    assert cluster.wait_for_state(job, "COMPLETED", "FAILED", timeout=60) == "COMPLETED", project.log()
+    assert cluster.wait_for_state(job, "COMPLETED", "FAILED") == "COMPLETED", project.log()
     assert cluster.job(job)["Restarts"] == "1"
     first, second = project.reports(2), project.reports(2, "-again")
     assert [report["argv"] for report in first] == [report["argv"] for report in second]
@@ -134,20 +134,20 @@ if not again:
 
 
 @pytest.mark.parametrize(
-    ("scancel", "signum"),
+    ("nodes", "scancel", "signum"),
     # The warning before the time limit goes to the batch shell; a preemption without a warning, to every process.
-    [(("--batch", "--signal=USR2"), 12), (("--signal=TERM",), 15)],
+    [(2, ("--batch", "--signal=USR2"), 12), (1, ("--signal=TERM",), 15)],
     ids=["warning", "preemption"],
 )
-def test_signals_reach_every_rank_and_the_job_runs_again(project, cluster, scancel, signum):
-    job = project.submit("train.sbatch", main=SAVE_AND_LEAVE)
-    project.reports(4)
+def test_signals_reach_every_rank_and_the_job_runs_again(project, cluster, nodes, scancel, signum):
+    job = project.submit("train.sbatch", nodes=nodes, main=SAVE_AND_LEAVE)
+    project.reports(2 * nodes)
     cluster.call("scancel", *scancel, str(job))
-    assert cluster.wait_for_state(job, "COMPLETED", "FAILED", timeout=60) == "COMPLETED", project.log()
+    assert cluster.wait_for_state(job, "COMPLETED", "FAILED") == "COMPLETED", project.log()
     assert cluster.job(job)["Restarts"] == "1"
-    for rank in range(4):
+    for rank in range(2 * nodes):
         assert f"saved {rank} after {signum}" in project.log()
-    project.reports(4, "-again")
+    project.reports(2 * nodes, "-again")
 
 
 def test_cancelled_job_saves_and_stays_cancelled(project, cluster):

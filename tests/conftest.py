@@ -1,0 +1,90 @@
+"""Shared fixtures: small images on disk, and runs that take a second."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import main
+from options import Options, parse_args
+
+ROOT = Path(__file__).parent.parent
+CLASSES = ("cat", "dog", "owl", "pig")
+SMALL_RUN = [
+    *("--model", "debiformer_nano", "--input_size", "32", "--batch_size", "8", "--epochs", "2"),
+    *("--model_kwargs", "embed_dims=16,32,48,64", "depths=1,1,1,1"),
+    *("--num_workers", "0", "--device", "cpu", "--warmup_epochs", "1", "--lr", "1e-2", "--model_ema_decay", "0.9"),
+    *("--print_freq", "2", "--no_repeated_aug"),
+]
+"""A run of 6 updates an epoch on `image_folder`."""
+
+
+def pytest_configure():
+    # Processes of torch that share cores wait actively for each other; one thread each is faster.
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def write_images(folder: Path, count: int, shade: int, seed: int) -> None:
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(seed)
+    for number in range(count):
+        noise = generator.integers(0, 60, (40, 44, 3)) + shade
+        Image.fromarray(noise.astype(np.uint8)).save(folder / f"{number}.png")
+
+
+@pytest.fixture(scope="session")
+def shared_images(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    for number, name in enumerate(CLASSES):
+        write_images(root / "train" / name, 12, 45 * number, seed=number)
+        write_images(root / "val" / name, 5, 45 * number, seed=100 + number)
+    return root
+
+
+@pytest.fixture
+def image_folder(shared_images, tmp_path):
+    """train/ with 48 and val/ with 20 images of four classes; the test's own, to be damaged at will."""
+    return Path(shutil.copytree(shared_images, tmp_path / "data"))
+
+
+@pytest.fixture
+def small_options(shared_images, tmp_path):
+    """small_options("--epochs", "3"): the options of a small run that writes under tmp_path/run."""
+
+    def build(*argv: str) -> Options:
+        base = [*SMALL_RUN, "--data_path", str(shared_images), "--output_dir", str(tmp_path / "run")]
+        return parse_args([*base, *argv])
+
+    return build
+
+
+@pytest.fixture
+def run_small(small_options):
+    """Runs in this process; returns the run's folder."""
+
+    def run(*argv: str) -> Path:
+        options = small_options(*argv)
+        main.run(options)
+        return Path(options.output_dir)
+
+    return run
+
+
+def command(*argv: object, timeout: float = 300, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    """Run a command of the project with this Python, as a user would, and capture what it prints."""
+    return subprocess.run(
+        [sys.executable, *map(str, argv)],
+        cwd=cwd,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )

@@ -1,0 +1,175 @@
+"""One model, many ways to run it: precision, memory format, compilation, padding and recomputation change nothing."""
+
+import copy
+
+import pytest
+import timm
+import torch
+from golden.compare import load, relative_error
+from golden.fill import fill, images
+from torch._dynamo.testing import CompileCounter
+
+import models  # noqa: F401
+from models.attention import BiLevelRoutingAttention
+from models.deformable_attention import DeformableAgentAttention
+
+GOLDEN_NAMES = ["debiformer_tiny", "biformer_tiny"]
+
+
+@pytest.fixture(scope="module", params=GOLDEN_NAMES)
+def golden_model(request):
+    """A float64 model with the weights of the golden file, its golden input and its golden logits."""
+    return fill(timm.create_model(request.param)), images(2, 224, 224), load(f"{request.param}_224")["logits"]
+
+
+def nano(**kwargs):
+    """A small model in float64 with non-trivial weights, normalisation statistics and position tables."""
+    return fill(timm.create_model("debiformer_nano", **kwargs))
+
+
+def gradients(model, x):
+    """Gradients of a loss by parameter name; the model is left without any."""
+    model.zero_grad()
+    model(x).square().mean().backward()
+    found = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+# -- precision and memory format ----------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_float32_is_close_to_the_golden_logits(golden_model):
+    model, x, logits = golden_model
+    assert relative_error(copy.deepcopy(model).float()(x.float()), logits) < 1e-5
+
+
+@torch.no_grad()
+def test_channels_last_images_give_the_golden_logits(golden_model):
+    model, x, logits = golden_model
+    assert relative_error(model(x.contiguous(memory_format=torch.channels_last)), logits) < 1e-9
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.01)])
+def test_half_precision_stays_near_float64(dtype, tolerance):
+    x = images(2, 64, 64)
+    out = nano().to(dtype)(x.to(dtype))
+    assert out.dtype == dtype
+    assert relative_error(out, nano()(x)) < tolerance
+
+
+def test_autocast_forward_and_backward_stay_near_float32():
+    model, x = nano().float(), images(2, 64, 64).float()
+    expected = model(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model(x)
+    out.float().square().mean().backward()
+    assert relative_error(out, expected) < 0.1
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+# -- compilation --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("auto_pad", [True, False])
+def test_nano_is_one_graph_without_breaks(auto_pad):
+    torch._dynamo.reset()
+    model, graphs = nano(auto_pad=auto_pad), CompileCounter()
+    compiled = torch.compile(model, backend=graphs, fullgraph=True)
+    for seed in (0, 1):
+        x = images(2, 64, 64, seed)
+        assert relative_error(compiled(x), model(x)) < 1e-9
+    assert graphs.frame_count == 1
+
+
+@pytest.mark.slow
+def test_compiled_model_gives_the_golden_logits():
+    torch._dynamo.reset()
+    model = torch.compile(fill(timm.create_model("debiformer_tiny")), fullgraph=True)
+    with torch.no_grad():
+        out = model(images(2, 224, 224))
+    assert relative_error(out, load("debiformer_tiny_224")["logits"]) < 1e-9
+
+
+# -- padding ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "height", "width"),
+    [
+        ("debiformer_tiny", 224, 224),
+        ("debiformer_tiny", 221, 223),
+        ("biformer_tiny", 224, 224),
+        ("biformer_tiny", 112, 109),
+        ("debiformer_nano", 64, 125),
+    ],
+)
+def test_auto_pad_changes_nothing_where_nothing_is_missing(name, height, width):
+    torch.manual_seed(0)
+    model, x = timm.create_model(name, auto_pad=False).eval(), torch.randn(1, 3, height, width)
+    strict = model(x)
+    model.auto_pad = True
+    assert torch.equal(model(x), strict)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("height", "width"), [(13, 16), (16, 9), (1, 2), (15, 15)])
+@pytest.mark.parametrize(
+    "attention",
+    [
+        pytest.param(lambda: BiLevelRoutingAttention(16, 4, n_win=4, topk=3), id="routing"),
+        pytest.param(
+            lambda: DeformableAgentAttention(16, 4, 4, 3, 2, 2, 5, agent_mlp_ratio=2, rpe_size=(8, 8)), id="deformable"
+        ),
+    ],
+)
+def test_attention_pads_a_map_with_zeros_right_and_bottom_and_crops_the_output(attention, height, width):
+    module = fill(attention())
+    x = torch.randn(2, height, width, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    padded = x.new_zeros(2, -(-height // 4) * 4, -(-width // 4) * 4, 16)
+    padded[:, :height, :width] = x
+    out = module(x)
+    assert out.shape == x.shape
+    torch.testing.assert_close(out, module(padded)[:, :height, :width], rtol=1e-12, atol=1e-12)
+
+
+# -- recomputation ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "side"), [("debiformer_nano", 64), ("debiformer_tiny", 96), ("biformer_tiny", 96)])
+def test_gradient_checkpointing_gives_the_same_gradients(name, side):
+    model, x = fill(timm.create_model(name)).train(), images(2, side, side)
+    expected = gradients(model, x)
+    model.set_grad_checkpointing()
+    actual = gradients(model, x)
+    largest = max(grad.abs().max() for grad in expected.values())
+    for parameter, grad in expected.items():
+        scale = largest if parameter.endswith("proj_k.bias") else grad.abs().max()  # proj_k.bias: noise around zero
+        assert (actual[parameter] - grad).abs().max() < 1e-9 * scale, parameter
+
+
+@pytest.mark.parametrize(
+    ("enable", "runs"),
+    [(True, [2, 2, 2, 2]), (False, [1, 1, 1, 1]), ((True, False, True, False), [2, 1, 2, 1])],
+)
+def test_gradient_checkpointing_recomputes_the_chosen_stages(enable, runs):
+    model, counts = nano().train(), [0, 0, 0, 0]
+
+    def count(stage):
+        counts[stage] += 1
+
+    for i, blocks in enumerate(model.stages):
+        blocks[0].register_forward_pre_hook(lambda *_, i=i: count(i))
+    model.set_grad_checkpointing(enable)
+    gradients(model, images(1, 64, 64))
+    assert counts == runs
+
+
+def test_nothing_is_recomputed_in_evaluation():
+    model, calls = nano(grad_checkpointing=True), []
+    model.stages[0][0].register_forward_pre_hook(lambda *_: calls.append(1))
+    gradients(model, images(1, 64, 64))
+    assert len(calls) == 1

@@ -1,0 +1,319 @@
+"""Data: what is read, in which order, and what is said when it cannot be read."""
+
+import hashlib
+import io
+import json
+import pickle
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASSES
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+import datasets
+from datasets import Cifar100, Digits, EvalSampler, Key, TrainSampler, Transformed, build_data, eval_transform
+from errors import UsageError
+from options import Options, parse_args
+from utils import Processes
+
+ALONE = Processes()
+CPU = torch.device("cpu")
+
+
+def options_for(*argv):
+    return parse_args(["--model", "debiformer_nano", "--num_workers", "0", "--batch_size", "4", *map(str, argv)])
+
+
+def stream(size, total_batch, world_size, epoch=0, start=0, repeated_aug=False, seed=0):
+    """What all processes see, in order."""
+    options = Options(repeated_aug=repeated_aug, seed=seed)
+    shares = []
+    for rank in range(world_size):
+        sampler = TrainSampler(size, total_batch, options, Processes(rank, world_size))
+        sampler.place(epoch, start)
+        assert len(sampler) == len(list(sampler))
+        shares.append(list(sampler))
+    return [key for keys in zip(*shares, strict=True) for key in keys]
+
+
+# -- order
+
+
+@settings(max_examples=30, derandomize=True, deadline=None)
+@given(
+    size=st.integers(12, 400),
+    world_size=st.sampled_from([1, 2, 3, 4, 6]),
+    repeated_aug=st.booleans(),
+    epoch=st.integers(0, 5),
+)
+def test_any_number_of_processes_sees_the_same_stream(size, world_size, repeated_aug, epoch):
+    one = stream(size, 12, 1, epoch, repeated_aug=repeated_aug)
+    assert stream(size, 12, world_size, epoch, repeated_aug=repeated_aug) == one
+    half = len(one) // 24 * 12
+    assert stream(size, 12, world_size, epoch, start=half, repeated_aug=repeated_aug) == one[half:]
+
+
+def test_an_epoch_shows_each_image_once_in_a_new_order():
+    first, second = stream(100, 10, 1, epoch=0), stream(100, 10, 1, epoch=1)
+    assert sorted(key.index for key in first) == list(range(100))
+    assert [key.index for key in first] != [key.index for key in second]
+    assert stream(100, 10, 1, seed=1) != first
+
+
+def test_repeated_augmentation_shows_a_third_of_the_images_three_times():
+    keys = stream(600, 64, 4, repeated_aug=True)
+    indices = [key.index for key in keys]
+    assert len(keys) == 512
+    assert all(len(set(indices[i : i + 3])) == 1 for i in range(0, 510, 3))
+    assert len(set(indices)) == 171
+
+
+def test_too_few_images_for_a_batch_is_said():
+    with pytest.raises(UsageError, match="lower --batch_size"):
+        TrainSampler(10, 16, Options(), ALONE)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+def test_split_evaluation_counts_every_image_once(world_size):
+    shares = [EvalSampler(1797, Processes(rank, world_size), split=True) for rank in range(world_size)]
+    indices = [key.index for share in shares for key in share]
+    assert sorted(indices) == list(range(1797))
+
+
+def test_augmentation_depends_on_the_key_alone(shared_images):
+    options = options_for("--data_path", shared_images, "--input_size", 48)
+    source, _ = datasets.open_sources(options)
+    images = Transformed(source, datasets.train_transform(options), seed=0)
+    torch.manual_seed(1)
+    first = images[Key(3, epoch=2, position=7)][0]
+    torch.manual_seed(2)
+    np.random.seed(5)
+    assert torch.equal(images[Key(3, epoch=2, position=7)][0], first)
+    assert not torch.equal(images[Key(3, epoch=2, position=8)][0], first)
+    assert not torch.equal(images[Key(3, epoch=3, position=7)][0], first)
+
+
+def test_reading_leaves_the_random_numbers_of_the_process_alone(shared_images):
+    options = options_for("--data_path", shared_images)
+    source, _ = datasets.open_sources(options)
+    images = Transformed(source, datasets.train_transform(options), seed=0)
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    images[Key(0)]
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_workers_load_what_the_process_itself_would(shared_images):
+    batches = []
+    for workers in (0, 2):
+        options = options_for("--data_path", shared_images, "--num_workers", workers, "--input_size", 32)
+        data = build_data(options, ALONE, CPU)
+        assert data.place(epoch=1, start=8) == 2
+        batches.append([images for images, _ in data.train])
+    assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
+
+
+# -- sources
+
+
+def test_folders_give_classes_and_images(shared_images):
+    data = build_data(options_for("--data_path", shared_images), ALONE, CPU)
+    assert (data.num_classes, tuple(data.classes), len(data.val.dataset)) == (4, CLASSES, 20)
+    images, targets = next(iter(data.val))
+    assert images.shape == (6, 3, 224, 224)  # 1.5 times the batch
+    assert targets.tolist() == [0] * 5 + [1]
+
+
+def test_digits_are_split_the_same_way_always():
+    train, test = Digits(train=True), Digits(train=False)
+    assert (len(train), len(test)) == (1437, 360)
+    assert sorted(np.bincount(test.targets)) == [35, 35, 36, 36, 36, 36, 36, 36, 37, 37]
+    assert not {image.tobytes() for image in train.images} & {image.tobytes() for image in test.images}
+    image, _ = test[0]
+    assert (image.size, image.mode, image.getextrema()[0][1]) == ((8, 8), "RGB", 255)
+
+
+def test_tar_files(shared_images, tmp_path):
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as tar:
+            tar.add(shared_images / split, arcname=".")
+    data = build_data(options_for("--data_set", "TAR", "--data_path", tmp_path), ALONE, CPU)
+    assert (data.num_classes, len(data.train.dataset), len(data.val.dataset)) == (4, 48, 20)
+    assert next(iter(data.train))[0].shape == (4, 3, 224, 224)
+
+
+def test_webdataset_shards(shared_images, tmp_path):
+    webdataset = pytest.importorskip("webdataset")
+    for split in ("train", "validation"):
+        with webdataset.TarWriter(str(tmp_path / f"images-{split}-0000.tar")) as shard:
+            for number, path in enumerate(sorted((shared_images / "train").rglob("*.png"))):
+                label = CLASSES.index(path.parent.name)
+                shard.write({"__key__": f"{number:04}", "png": path.read_bytes(), "cls": label})
+    info = {
+        "splits": {
+            split: {
+                "name": split,
+                "filenames": [f"images-{split}-0000.tar"],
+                "shard_lengths": [48],
+                "num_samples": 48,
+            }
+            for split in ("train", "validation")
+        }
+    }
+    (tmp_path / "_info.json").write_text(json.dumps(info))
+    options = options_for("--data_set", "wds/images", "--data_path", tmp_path, "--num_classes", 4, "--input_size", 32)
+    data = build_data(options, ALONE, CPU)
+    assert data.updates == 12
+    data.place(0)
+    images, targets = next(iter(data.train))
+    assert images.shape == (4, 3, 32, 32)
+    assert set(targets.tolist()) <= {0, 1, 2, 3}
+    assert sum(len(targets) for _, targets in data.val) == 48
+
+
+def write_inaturalist(root, year):
+    names = ("Corvus corax", "Lynx lynx")
+    categories = [
+        {"id": 7 + i, "name": name, "kingdom": "Animalia", "class": cls}
+        for i, (name, cls) in enumerate(zip(names, ("Aves", "Mammalia"), strict=True))
+    ]
+    (root / "categories.json").write_text(json.dumps(categories))
+    for split, count in (("train", 8), ("val", 2)):
+        files = [f"{split}/{i}.jpg" for i in range(count)]
+        (root / split).mkdir()
+        for name in files:
+            Image.new("RGB", (20, 20)).save(root / name)
+        content = {
+            "images": [{"id": i, "file_name": name} for i, name in enumerate(files)],
+            "annotations": [{"image_id": i, "category_id": 7 + i % 2} for i in range(count)],
+        }
+        (root / f"{split}{year}.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(("name", "year"), [("INAT", 2018), ("INAT19", 2019)])
+def test_inaturalist_at_every_level(tmp_path, name, year):
+    write_inaturalist(tmp_path, year)
+    for category, classes in (
+        ("name", ["Corvus corax", "Lynx lynx"]),
+        ("class", ["Aves", "Mammalia"]),
+        ("kingdom", ["Animalia"]),
+    ):
+        options = options_for("--data_set", name, "--data_path", tmp_path, "--inat_category", category)
+        data = build_data(options, ALONE, CPU)
+        assert data.classes == classes
+    with pytest.raises(UsageError, match="genus"):
+        build_data(options_for("--data_set", name, "--data_path", tmp_path, "--inat_category", "genus"), ALONE, CPU)
+
+
+def test_cifar(tmp_path, monkeypatch):
+    folder = tmp_path / Cifar100.base_folder
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 3072)).astype(np.uint8)
+    contents = {
+        "train": {"data": pixels, "fine_labels": list(range(8))},
+        "test": {"data": pixels[:4], "fine_labels": list(range(4))},
+        "meta": {"fine_label_names": [f"class {i}" for i in range(100)]},
+    }
+    for name, content in contents.items():
+        (folder / name).write_bytes(pickle.dumps(content))
+    checksum = {name: hashlib.md5((folder / name).read_bytes()).hexdigest() for name in contents}
+    monkeypatch.setattr(Cifar100, "train_list", [["train", checksum["train"]]])
+    monkeypatch.setattr(Cifar100, "test_list", [["test", checksum["test"]]])
+    monkeypatch.setattr(Cifar100, "meta", {**Cifar100.meta, "md5": checksum["meta"]})
+    data = build_data(options_for("--data_set", "CIFAR", "--data_path", tmp_path, "--input_size", 32), ALONE, CPU)
+    assert (data.num_classes, data.updates) == (100, 2)
+    assert next(iter(data.train))[0].shape == (4, 3, 32, 32)
+
+
+def test_evaluation_crops_the_published_share(shared_images):
+    transform = eval_transform(options_for("--data_path", shared_images))
+    assert transform.transforms[0].size == 256
+    assert transform(Image.new("RGB", (300, 400))).shape == (3, 224, 224)
+
+
+# -- bad input
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(UsageError, match="does not exist"):
+        build_data(options_for("--data_path", tmp_path / "nowhere"), ALONE, CPU)
+
+
+def test_no_path():
+    with pytest.raises(UsageError, match="needs --data_path"):
+        build_data(options_for("--data_set", "IMNET"), ALONE, CPU)
+
+
+def test_no_val_folder(image_folder):
+    (image_folder / "val").rename(image_folder / "test")
+    with pytest.raises(UsageError, match=r"val is not a folder"):
+        build_data(options_for("--data_path", image_folder), ALONE, CPU)
+
+
+def test_empty_class_folder(image_folder):
+    (image_folder / "train" / "yak").mkdir()
+    with pytest.raises(UsageError, match=r"train/yak holds no image"):
+        build_data(options_for("--data_path", image_folder), ALONE, CPU)
+
+
+def test_no_class_folders(tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / split).mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / split / "x.png")
+    with pytest.raises(UsageError, match="no class folders"):
+        build_data(options_for("--data_path", tmp_path), ALONE, CPU)
+
+
+def test_classes_that_differ(image_folder):
+    (image_folder / "val" / "owl").rename(image_folder / "val" / "eel")
+    with pytest.raises(UsageError, match=r"eel \(only in val\)") as error:
+        build_data(options_for("--data_path", image_folder), ALONE, CPU)
+    assert "owl (only in train)" in str(error.value)
+
+
+def png_bytes():
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 60, 3), dtype=np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"no image", png_bytes()[:900], png_bytes()[:20] + b"\xff" * 200], ids=range(4)
+)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_images_are_named(image_folder, content, workers):
+    broken = image_folder / "train" / "dog" / "broken.png"
+    broken.write_bytes(content)
+    options = options_for("--data_path", image_folder, "--num_workers", workers, "--no_repeated_aug")
+    data = build_data(options, ALONE, CPU)
+    with pytest.raises(UsageError) as error:
+        list(data.train)
+    message = str(error.value)
+    assert message.startswith(f"cannot read image {broken}")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("IMAGENET", "unknown --data_set"),
+        ("CIFAR", "no CIFAR-100 under"),
+        ("INAT", "categories.json is missing"),
+        ("TAR", "train.tar is missing"),
+        ("wds/nothing", "wds/nothing"),
+    ],
+)
+def test_other_sources_that_are_not_there(tmp_path, name, words):
+    with pytest.raises(UsageError, match=words):
+        build_data(options_for("--data_set", name, "--data_path", tmp_path), ALONE, CPU)
+
+
+def test_broken_annotations(tmp_path):
+    (tmp_path / "categories.json").write_text("{")
+    with pytest.raises(UsageError, match="is not JSON"):
+        build_data(options_for("--data_set", "INAT", "--data_path", tmp_path), ALONE, CPU)

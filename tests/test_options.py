@@ -1,0 +1,127 @@
+"""The options: one declaration, many readers."""
+
+import dataclasses
+import shlex
+
+import pytest
+from conftest import ROOT, command
+
+from options import GROUPS, RECIPES, Options, load_recipe, markdown_table, parse_args, validate
+
+PUBLISHED = [
+    "--data_path ./data/in1k --input_size 224 --batch_size 128 --dist_eval --model biformer_small " + end
+    for end in ("--eval --load_release", "--drop_path 0.15 --lr 5e-4")
+]
+
+
+def error_of(capsys, *argv):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(list(argv))
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    return lines[0]
+
+
+@pytest.mark.parametrize("line", PUBLISHED)
+@pytest.mark.parametrize("rank", ["--local-rank=3", "--local_rank=3"])
+def test_published_commands_parse(line, rank):
+    options = parse_args([rank, *shlex.split(line)])
+    assert (options.model, options.batch_size, options.dist_eval) == ("biformer_small", 128, True)
+
+
+def test_both_spellings_mean_the_same():
+    dashes = parse_args(["--model", "x", "--batch-size", "8", "--no-model-ema", "--opt-betas", "0.9", "0.95"])
+    underscores = parse_args(["--model", "x", "--batch_size=8", "--no_model_ema", "--opt_betas", "0.9,0.95"])
+    assert dashes == underscores
+    assert (dashes.batch_size, dashes.model_ema, dashes.opt_betas) == (8, False, [0.9, 0.95])
+
+
+def test_switches_take_a_value_too():
+    assert parse_args(["--model", "x", "--eval=true"]).eval
+    assert not parse_args(["--model", "x", "--repeated-aug", "false"]).repeated_aug
+
+
+def test_null_switches_a_number_off():
+    assert parse_args(["--model", "x", "--clip_grad", "5"]).clip_grad == 5.0
+    assert parse_args(["--recipe", "debiformer_tiny", "--clip_grad", "none"]).clip_grad is None
+
+
+def test_model_kwargs_become_numbers_lists_and_words():
+    options = parse_args(["--model", "x", "--model_kwargs", "depths=2,2,9,3", "n_win=8", "auto_pad=false", "name=a"])
+    assert options.model_kwargs == {"depths": [2, 2, 9, 3], "n_win": 8, "auto_pad": False, "name": "a"}
+
+
+def test_nothing_given_trains_the_small_model_on_digits_and_says_so(capsys):
+    options = parse_args(["--epochs", "3"])
+    assert (options.model, options.data_set, options.epochs) == ("debiformer_nano", "DIGITS", 3)
+    assert "debiformer_nano_digits" in capsys.readouterr().out
+
+
+def test_command_line_beats_recipe_beats_default():
+    options = parse_args(["--recipe", "debiformer_small", "--warmup_epochs", "7"])
+    assert (options.warmup_epochs, options.weight_decay, options.lr) == (7, 0.1, 5e-4)
+
+
+def test_recipe_can_be_a_file(tmp_path):
+    (tmp_path / "mine.yaml").write_text("model: biformer_tiny\nlr: 3e-4\n")
+    assert parse_args(["--recipe", str(tmp_path / "mine.yaml")]).lr == 3e-4
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_recipe_loads_and_says_what_it_is(path):
+    validate(load_recipe(path.stem))
+    head = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    assert head[0] == "# @package _global_"
+    assert any("main.py" in line for line in head)
+    assert any("top-1" in line for line in head)
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--batchsize", "8"], ["--batchsize", "did you mean --batch_size"]),
+        (["--model", "x", "train"], ["unexpected argument 'train'"]),
+        (["--epochs", "many"], ["--epochs", "many"]),
+        (["--model", "x", "--epochs", "0"], ["--epochs", "at least 1"]),
+        (["--model", "x", "--amp", "fp8"], ["--amp", "auto, none, fp16, bf16"]),
+        (["--model", "x", "--batch_size", "7"], ["--batch_size", "even"]),
+        (["--recipe", "debiformer_huge"], ["debiformer_huge", "debiformer_small"]),
+        (["--model", "x", "--eval=perhaps"], ["--eval", "perhaps"]),
+        (["--model_kwargs", "n_win"], ["--model_kwargs", "NAME=VALUE"]),
+        (["--opt_betas", "fast"], ["--opt_betas", "numbers"]),
+        (["--model", "x", "--scale", "0.1"], ["--scale", "two numbers"]),
+        (["--local_rank", "first"], ["--local_rank"]),
+    ],
+)
+def test_bad_command_lines_get_one_clear_line(capsys, argv, words):
+    message = error_of(capsys, *argv)
+    for word in words:
+        assert word in message
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [("modle: x\n", "modle"), ("epochs: many\n", "many"), ("a: [", "recipe"), ("- 1\n", "recipe")],
+)
+def test_bad_recipes_get_one_clear_line(capsys, tmp_path, text, word):
+    (tmp_path / "bad.yaml").write_text(text)
+    assert word in error_of(capsys, "--recipe", str(tmp_path / "bad.yaml"))
+
+
+def test_every_option_is_in_exactly_one_group_and_has_help():
+    names = [spec.name for group in GROUPS for spec in dataclasses.fields(group)]
+    assert sorted(names) == sorted(spec.name for spec in dataclasses.fields(Options))
+    assert len(names) == len(set(names))
+    assert all(spec.metadata["help"] for spec in dataclasses.fields(Options))
+
+
+def test_documentation_table_is_up_to_date():
+    assert (ROOT / "docs" / "OPTIONS.md").read_text() == markdown_table()
+
+
+def test_help_teaches():
+    printed = command("main.py", "--help")
+    assert printed.returncode == 0
+    for word in ("--drop_path", "(default: 0.1)", "Without any option", "--recipe debiformer_small"):
+        assert word in printed.stdout
