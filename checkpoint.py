@@ -11,8 +11,8 @@ import argparse
 import contextlib
 import os
 import pathlib
-import pickle
 import warnings
+import zipfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -128,21 +128,29 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(list(SAFE_CLASSES)), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            if zipfile.is_zipfile(path):
+                code = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+                if code:
+                    raise UsageError(
+                        f"checkpoint {path} holds {code[0]}, which is code, not weights; it was not loaded"
+                    )
+                _verify_checksums(path)  # torch.load does not
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error)
-        if "Unsupported global" in reason or "Unsupported class" in reason:
-            name = reason.partition("GLOBAL ")[2].split()[0] if "GLOBAL " in reason else "an unknown class"
-            raise UsageError(
-                f"checkpoint {path} holds {name}, which is code, not weights; it was not loaded"
-            ) from error
-        raise UsageError(f"{path} is not a checkpoint, or it is damaged") from error
+    except UsageError:
+        raise
     except Exception as error:
         # A damaged file makes the zip reader and the unpickler raise almost anything.
         raise UsageError(f"{path} is not a checkpoint, or it is damaged ({type(error).__name__})") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path} holds a {type(content).__name__}, not a checkpoint")
     return content
+
+
+def _verify_checksums(path: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise UsageError(f"checkpoint {path} is damaged: the checksum of {damaged} is wrong")
 
 
 def load_latest(folder: Path) -> tuple[dict[str, Any], Path] | None:
@@ -189,7 +197,7 @@ def load_weights(model: nn.Module, weights: dict[str, Any], path: str | Path) ->
         problems.append(f"has {_some(unknown)} besides")
     if shapes:
         name = min(shapes)
-        problems.append(f"{name} is {list(weights[name].shape)} where the model has {list(wanted[name].shape)}")
+        problems.append(f"has {name} {list(weights[name].shape)} where the model has {list(wanted[name].shape)}")
     if problems:
         raise UsageError(f"{path} is of another model: it {'; '.join(problems)}")
     model.load_state_dict(weights)

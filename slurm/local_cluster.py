@@ -259,6 +259,7 @@ class LocalCluster:
     def _write(self) -> None:
         for name in ("bin", "controller", "dev", "etc", "log", "munge", "run", *(f"spool/{n}" for n in self.nodes)):
             (self.root / name).mkdir(parents=True)
+        (self.root / ".gitignore").write_text("*\n")
         key = self.root / "munge" / "key"
         key.touch(0o600)
         key.write_bytes(os.urandom(1024))
@@ -403,7 +404,7 @@ It prints an `export` line; paste that into another terminal, and Slurm's comman
     sbatch -p high -N2 --exclusive JOB        preempt the jobs of the default partition
 
 The daemons' logs are in DIR/log. CPUs and GPUs are pretended: ask for as many as the real cluster has, but jobs
-share what this machine has. Needs Debian's packages (any distribution's Slurm 22.05 or later will do):
+share what this machine has. Made for Debian 12's packages (Slurm 22.05):
 
     {INSTALL}
 """,

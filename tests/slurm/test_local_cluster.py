@@ -86,6 +86,10 @@ def test_sacct_stand_in_answers(cluster):
     assert cluster.call(*fields, "-j", "1").splitlines() == lines[:1]
 
 
+def test_folder_is_kept_out_of_repositories(cluster):
+    assert (cluster.root / ".gitignore").read_text() == "*\n"
+
+
 def test_plain_form(slurm_installed, short_root):
     with LocalCluster(short_root, nodes=3, cpus=1, gpus=0, namespace=False) as cluster:
         assert sorted(cluster.call("srun", "--nodes=3", "printenv", "SLURMD_NODENAME").split()) == cluster.nodes
