@@ -1,12 +1,13 @@
 """Every registered model keeps timm's promises: what any timm script may ask of a model works."""
 
+import functools
 import math
 
 import pytest
 import timm
 import torch
 from timm.models import group_parameters, load_checkpoint
-from timm.models._features_fx import create_feature_extractor, get_graph_node_names
+from timm.models._features_fx import create_feature_extractor
 from timm.models._manipulate import group_modules
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
@@ -26,6 +27,13 @@ cheap_models = pytest.mark.parametrize("name", CHEAP_NAMES)
 def create(name: str, **kwargs) -> nn.Module:
     torch.manual_seed(0)
     return timm.create_model(name, **kwargs).eval()
+
+
+@functools.cache
+def outline(name: str) -> nn.Module:
+    """The model without memory for its parameters; shared, for reading only."""
+    with torch.device("meta"):
+        return timm.create_model(name)
 
 
 def native_images(model: nn.Module, batch: int = 1) -> Tensor:
@@ -50,7 +58,7 @@ def test_forward_at_native_size(name):
 
 @every_model
 def test_backward_reaches_every_parameter(name):
-    model = create(name, num_classes=42).train()
+    model = create(name, num_classes=42, drop_path_rate=0.0).train()
     logits = model(native_images(model))
     assert logits.shape == (1, 42)
     logits.square().mean().backward()
@@ -93,7 +101,7 @@ def test_model_names_holds_every_registered_variant_once():
 
 @every_model
 def test_default_cfg_names_the_first_and_the_last_layer(name):
-    model = create(name)
+    model = outline(name)
     cfg = model.default_cfg
     assert {"url", "num_classes", "input_size", "pool_size", "mean", "std", "interpolation", "crop_pct"} <= set(cfg)
     state = model.state_dict()
@@ -135,7 +143,8 @@ def test_head_arguments_of_create_model(name):
 
 @every_model
 def test_stochastic_depth_grows_linearly_over_all_blocks(name):
-    model = create(name, drop_path_rate=0.2)
+    with torch.device("meta"):
+        model = timm.create_model(name, drop_path_rate=0.2)
     blocks = [block for stage in model.stages for block in stage]
     rates = [block.drop_path.drop_prob for block in blocks]
     assert rates == pytest.approx([0.2 * i / (len(blocks) - 1) for i in range(len(blocks))])
@@ -251,24 +260,17 @@ def test_pruning_after_the_last_stage_keeps_the_norm_and_on_request_the_head(nam
 # -- torch.fx -----------------------------------------------------------------------------------------------------
 
 
-def trace(model: nn.Module) -> nn.Module:
-    train_nodes, eval_nodes = get_graph_node_names(model)
-    assert train_nodes[-1] == eval_nodes[-1]
-    return create_feature_extractor(model, {eval_nodes[-1]: "logits"})
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=() if name in CHEAP_NAMES else pytest.mark.slow) for name in models.MODEL_NAMES],
+)
+def test_traced_graph_equals_eager_forward_and_backward(name):
+    model, x = create(name, num_classes=42, drop_path_rate=0.0), square_images(128)
+    traced = create_feature_extractor(model, {"head": "logits"})
+    assert torch.equal(traced.eval()(x)["logits"], model.eval()(x))
 
-
-@every_model
-@torch.no_grad()
-def test_traced_forward_equals_eager(name):
-    model, x = create(name), square_images(128)
-    assert torch.equal(trace(model).eval()(x)["logits"], model(x))
-
-
-@every_model
-def test_traced_backward_equals_eager(name):
-    model, x = create(name, num_classes=42, drop_path_rate=0.0).train(), square_images(128)
-    traced = trace(model).train()
-    traced(x)["logits"].square().mean().backward()
+    model.train()
+    traced.train()(x)["logits"].square().mean().backward()
     gradients = {n: p.grad for n, p in model.named_parameters()}
     model.zero_grad(set_to_none=True)
     model(x).square().mean().backward()
@@ -280,7 +282,7 @@ def test_traced_backward_equals_eager(name):
 
 @every_model
 def test_layer_groups_run_from_stem_to_head(name):
-    model = create(name)
+    model = outline(name)
     layer = group_parameters(model, model.group_matcher(), reverse=True)
     assert set(layer) == {n for n, _ in model.named_parameters()}
 
@@ -299,7 +301,7 @@ def test_layer_groups_run_from_stem_to_head(name):
 
 @every_model
 def test_coarse_groups_are_stem_stages_and_head(name):
-    model = create(name)
+    model = outline(name)
     layer = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
     assert layer["downsample_layers.0.0.weight"] == 0
     for i in range(4):
@@ -311,7 +313,7 @@ def test_coarse_groups_are_stem_stages_and_head(name):
 
 @every_model
 def test_modules_can_be_grouped_too(name):
-    model = create(name)
+    model = outline(name)
     groups = group_modules(model, model.group_matcher())
     assert groups[0][0].startswith("downsample_layers.0")
     assert groups[max(groups)] == ["head"]
@@ -319,7 +321,7 @@ def test_modules_can_be_grouped_too(name):
 
 @every_model
 def test_layer_decay_scales_learning_rates_from_stem_to_head(name):
-    model = create(name)
+    model = outline(name)
     names = {id(p): n for n, p in model.named_parameters()}
     groups = param_groups_layer_decay(
         model, weight_decay=0.05, no_weight_decay_list=model.no_weight_decay(), layer_decay=0.5
@@ -337,7 +339,7 @@ def test_layer_decay_scales_learning_rates_from_stem_to_head(name):
 
 @every_model
 def test_weight_decay_spares_exactly_the_position_tables(name):
-    model = create(name)
+    model = outline(name)
     tables = {f"{n}.rpe_table" for n, m in model.named_modules() if isinstance(m, DeformableAgentAttention)}
     assert model.no_weight_decay() == tables
     assert tables <= {n for n, _ in model.named_parameters()}

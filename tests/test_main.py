@@ -1,0 +1,335 @@
+"""Whole runs."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from conftest import ROOT, SMALL_RUN, command
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import main
+from checkpoint import BEST, LAST, load_checkpoint
+from errors import NonFiniteLoss, Stopped, UsageError
+
+TIMINGS = ("seconds",)
+
+
+def weights(folder, name=LAST, key="model"):
+    return load_checkpoint(folder / name)[key]
+
+
+def assert_same_weights(one, two):
+    assert one.keys() == two.keys()
+    for name, value in one.items():
+        assert torch.equal(value, two[name]), name
+
+
+def log_of(folder):
+    records = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name not in TIMINGS} for record in records]
+
+
+def points_of(folder):
+    events = EventAccumulator(str(folder / "tf_record_log"))
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def small_command(images, folder, *argv):
+    return ["main.py", *SMALL_RUN, "--data_path", images, "--output_dir", folder, *argv]
+
+
+# -- what a run leaves
+
+
+def test_a_run_leaves_what_its_user_looks_for(run_small, capsys):
+    folder = run_small("--mixup", "0.8", "--epochs", "3")
+    printed = capsys.readouterr().out
+    names = {"checkpoint.pth", "best.pth", "log.txt", "curves.png", "options.yaml", "tf_record_log"}
+    assert names <= set(os.listdir(folder))
+    for name in names:
+        assert str(folder / name) in printed
+    assert yaml.safe_load((folder / "options.yaml").read_text())["mixup"] == 0.8
+    log = log_of(folder)
+    assert [record["epoch"] for record in log] == [0, 1, 2]
+    assert {"train_loss", "train_lr", "test_acc1", "test_acc5", "test_loss", "test_ema_acc1", "n_parameters"} <= set(
+        log[0]
+    )
+    assert re.search(r"^\* Acc@1 \d+\.\d{3} Acc@5 \d+\.\d{3} loss \d+\.\d{3}$", printed, re.M)
+    assert re.search(r"^Accuracy of the network on the 20 test images: \d+\.\d%$", printed, re.M)
+    points = points_of(folder)
+    assert [step for step, _ in points["lr"]] == [333, 667, 1000, 1333, 1667, 2000, 2333, 2667, 3000]
+    assert [step for step, _ in points["perf/test_acc1"]] == [0, 1, 2]
+    assert {"loss", "perf/test_acc5", "perf/test_loss"} <= points.keys()
+
+
+def test_the_better_of_weights_and_average_is_kept(run_small):
+    folder = run_small("--epochs", "4")
+    log = log_of(folder)
+    best = load_checkpoint(folder / BEST)
+    every = [(record[f"{name}_acc1"], name) for record in log for name in ("test", "test_ema")]
+    assert best["best"]["acc1"] == max(every)[0]
+    assert best["classes"] == ["cat", "dog", "owl", "pig"]
+    metrics = main.run(
+        main.parse_args(
+            [
+                *SMALL_RUN,
+                *map(str, ["--data_path", best["args"]["data_path"]]),
+                "--eval",
+                "--resume",
+                str(folder / BEST),
+            ]
+        )
+    )
+    assert metrics["acc1"] == best["best"]["acc1"]
+
+
+def test_average_of_a_checkpoint_can_be_evaluated(run_small, small_options):
+    folder = run_small()
+    last = log_of(folder)[-1]
+    for switch, name in (([], "test_loss"), (["--use_ema"], "test_ema_loss")):
+        metrics = main.run(small_options("--eval", "--resume", str(folder / LAST), *switch))
+        assert metrics["loss"] == pytest.approx(last[name])
+
+
+# -- the same numbers again
+
+
+def test_two_runs_give_identical_weights(small_options):
+    folders = []
+    for number in range(2):
+        options = small_options("--aa", "rand-m9-mstd0.5-inc1", "--drop_path", "0.3", "--drop", "0.1")
+        options.output_dir += str(number)
+        torch.manual_seed(number)
+        main.run(options)
+        folders.append(main.Path(options.output_dir))
+    for key in ("model", "model_ema"):
+        assert_same_weights(*(weights(folder, key=key) for folder in folders))
+    assert log_of(folders[0]) == log_of(folders[1])
+
+
+def stop_after(monkeypatch, updates):
+    """Sends this process SIGTERM when so many updates are done."""
+    step, done = main.Stepper.step, 0
+
+    def counted(self, *args):
+        nonlocal done
+        done += 1
+        if done == updates:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args)
+
+    monkeypatch.setattr(main.Stepper, "step", counted)
+
+
+@pytest.mark.parametrize("updates", [4, 6, 9, 12])
+@pytest.mark.parametrize(
+    "extra", [[], ["--accum_steps", "3", "--amp", "bf16", "--clip_grad", "1"]], ids=["plain", "accumulating"]
+)
+def test_a_stopped_run_goes_on_as_if_nothing_had_happened(small_options, monkeypatch, updates, extra):
+    argv = ["--epochs", "3", "--mixup", "0.5", "--drop_path", "0.2", "--print_freq", "1", *extra]
+    whole = small_options(*argv)
+    whole.output_dir += "-whole"
+    main.run(whole)
+    stopped = small_options(*argv)
+    with monkeypatch.context() as patch:
+        stop_after(patch, updates if not extra else updates // 3)
+        with pytest.raises(Stopped):
+            main.run(stopped)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    main.run(stopped)
+    one, two = main.Path(whole.output_dir), main.Path(stopped.output_dir)
+    for key in ("model", "model_ema"):
+        assert_same_weights(weights(one, key=key), weights(two, key=key))
+    assert log_of(one) == log_of(two)
+    assert points_of(one) == points_of(two)
+
+
+def test_resuming_after_an_epoch_equals_not_stopping(run_small, small_options):
+    whole = small_options("--epochs", "3", "--warmup_epochs", "0", "--sched", "constant")
+    whole.output_dir += "-whole"
+    main.run(whole)
+    constant = ("--warmup_epochs", "0", "--sched", "constant")
+    run_small("--epochs", "1", *constant)
+    run_small("--epochs", "2", *constant)
+    folder = run_small("--epochs", "3", *constant)
+    assert_same_weights(weights(main.Path(whole.output_dir)), weights(folder))
+    assert log_of(main.Path(whole.output_dir)) == log_of(folder)
+
+
+def test_a_finished_run_is_not_trained_again(run_small):
+    folder = run_small()
+    before = weights(folder)
+    folder = run_small()
+    assert_same_weights(before, weights(folder))
+    assert len(log_of(folder)) == 2
+
+
+def test_a_clock_writes_checkpoints_within_an_epoch(small_options, monkeypatch):
+    places = []
+    save = main.save_checkpoint
+    monkeypatch.setattr(
+        main, "save_checkpoint", lambda content, path: (places.append(content.get("position")), save(content, path))
+    )
+    main.run(small_options("--epochs", "1", "--checkpoint_minutes", "1e-9"))
+    assert places[:6] == [8, 16, 24, 32, 40, 48]
+
+
+# -- fine-tuning, distillation, other models
+
+
+def test_finetuning_from_a_run_of_another_size(run_small, small_options, capsys):
+    folder = run_small("--epochs", "1")
+    options = small_options(
+        "--finetune", str(folder / BEST), "--input_size", "64", "--epochs", "1", "--num_classes", "6"
+    )
+    options.output_dir += "-tuned"
+    main.run(options)
+    assert "newly initialised: head.weight, head.bias" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", ["soft", "hard"])
+def test_distillation_from_a_trained_teacher(run_small, small_options, kind):
+    folder = run_small("--epochs", "1", "--model", "resnet10t", "--model_kwargs", "block_args={}")
+    options = small_options(
+        *("--epochs", "1", "--distillation_type", kind, "--teacher_model", "resnet10t"),
+        *("--teacher_path", str(folder / BEST)),
+    )
+    options.output_dir += "-student"
+    main.run(options)
+    assert log_of(main.Path(options.output_dir))[0]["train_loss"] > 0
+
+
+def test_compiled_training_agrees(small_options):
+    folders = []
+    for switch in ("--no_compile", "--compile"):
+        options = small_options(switch, "--epochs", "1")
+        options.output_dir += switch
+        main.run(options)
+        folders.append(main.Path(options.output_dir))
+    torch.testing.assert_close(weights(folders[0]), weights(folders[1]), rtol=1e-2, atol=1e-3)
+
+
+# -- processes
+
+
+@pytest.mark.parametrize("launcher", ["torch.distributed.launch", "torch.distributed.run"])
+def test_published_launchers_train_and_evaluate(shared_images, tmp_path, launcher):
+    run = small_command(shared_images, tmp_path / "run", "--epochs", "1", "--dist_eval")
+    launch = (
+        ["-m", launcher, "--nproc_per_node=2", "--master_port=0"]
+        if "run" in launcher
+        else ["-m", launcher, "--nproc_per_node=2", "--master_port", str(20000 + os.getpid() % 10000)]
+    )
+    printed = command(*launch, *run)
+    assert printed.returncode == 0, printed.stderr
+    assert "updates of 16, 2 process(es)" in printed.stdout
+    assert printed.stdout.count("* Acc@1") == 2  # of the weights and of their average, by one process
+
+
+def test_split_evaluation_prints_the_same_line_for_any_number_of_processes(run_small, shared_images):
+    folder = run_small("--epochs", "1")
+    lines = set()
+    for processes in (1, 2, 3):
+        run = small_command(shared_images, folder, "--eval", "--dist_eval", "--resume", folder / BEST)
+        printed = command("-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0", *run)
+        assert printed.returncode == 0, printed.stderr
+        lines.add("\n".join(line for line in printed.stdout.splitlines() if "Acc" in line))
+    assert len(lines) == 1
+
+
+# -- ends
+
+
+def test_divergence_stops_with_1_and_keeps_the_last_good_checkpoint(run_small, shared_images, tmp_path):
+    folder = run_small("--epochs", "1")
+    before = (folder / LAST).read_bytes()
+    run = small_command(
+        shared_images, folder, "--epochs", "3", "--lr", "1e30", "--clip_grad", "none", "--warmup_epochs", "0"
+    )
+    printed = command(*run)
+    assert printed.returncode == 1
+    last = printed.stderr.strip().splitlines()[-1]
+    assert re.search(r"main.py: error: the loss is not finite at epoch 1, update \d", last)
+    assert (folder / LAST).read_bytes() == before
+
+
+def test_divergence_is_an_error_in_python_too(small_options):
+    with pytest.raises(NonFiniteLoss):
+        main.run(small_options("--lr", "1e30", "--clip_grad", "none", "--warmup_epochs", "0"))
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(shared_images, tmp_path, workers):
+    run = small_command(shared_images, tmp_path / "run", "--epochs", "1000", "--num_workers", workers)
+    process = subprocess.Popen(
+        [sys.executable, *map(str, run)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    for line in process.stdout:
+        if "update" in line and "epoch" in line and "loss" in line:
+            break
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers, too
+    began = time.monotonic()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 75, errors
+    assert "the same command goes on from there" in errors.splitlines()[-1]
+    assert "Traceback" not in errors
+    assert time.monotonic() - began < 60
+    assert load_checkpoint(tmp_path / "run" / LAST)["epoch"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--data_path", "/nowhere", "--model", "debiformer_nano"], ["/nowhere does not exist"]),
+        (["--model", "debiformer_tinny", "--data_set", "DIGITS"], ["debiformer_tinny", "debiformer_tiny"]),
+        (["--model_kwargs", "n_windows=3"], ["debiformer_nano", "n_windows"]),
+        (["--resume", "/nowhere.pth"], ["/nowhere.pth does not exist"]),
+        (["--finetune", __file__], ["test_main.py is not a checkpoint"]),
+        (["--eval", "--resume", __file__], ["test_main.py is not a checkpoint"]),
+        (["--device", "gpu"], ["--device 'gpu'"]),
+        (["--output_dir", "/proc/run"], ["cannot write to /proc/run"]),
+        (["--opt", "adamx"], ["--opt adamx"]),
+        (["--sched", "sine"], ["--sched"]),
+        (["--load_release", "--eval"], ["no released weights are configured yet"]),
+        (["--batch_size", "2000"], ["lower --batch_size"]),
+    ],
+)
+def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, argv, words):
+    printed = command(str(ROOT / "main.py"), *argv, cwd=tmp_path)
+    assert printed.returncode == 2, printed.stderr
+    (line,) = printed.stderr.strip().splitlines()
+    assert line.startswith("main.py: error: ")
+    for word in words:
+        assert word in line
+
+
+def test_a_folder_of_another_run_is_not_overwritten(run_small):
+    folder = run_small("--epochs", "1")
+    before = (folder / LAST).read_bytes()
+    with pytest.raises(UsageError, match="is of debiformer_nano, not of biformer_tiny"):
+        run_small("--model", "biformer_tiny", "--model_kwargs", "depths=1,1,1,1")
+    assert (folder / LAST).read_bytes() == before
+
+
+def test_another_order_of_images_midway_an_epoch_is_refused(small_options, monkeypatch):
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(Stopped):
+            main.run(small_options())
+    with pytest.raises(UsageError, match=r"seed was 0, is 1"):
+        main.run(small_options("--seed", "1"))
+    with pytest.raises(UsageError, match=r"total batch was 8, is 16"):
+        main.run(small_options("--batch_size", "16"))
