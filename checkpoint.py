@@ -1,7 +1,7 @@
 """What a checkpoint holds, and how it is written so that one can always be read.
 
 A checkpoint is a dict of tensors and plain containers, readable with `torch.load(weights_only=True)`:
-model, model_ema, optimizer, lr_scheduler, scaler: state dicts; epoch, position: the place in the data at which
+model, model_ema, optimizer, scaler: state dicts; epoch, position: the place in the data at which
 training goes on (position counts the images of the epoch already seen by all processes together); meter: the loss of
 the epoch so far; best: the best accuracy so far; history: the run's log; args: the options; data: what fixes the order
 of the data; classes: their names.
@@ -42,7 +42,6 @@ class TrainingState:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    lr_scheduler: Any
     scaler: torch.amp.GradScaler
     meter: Any
     history: Any
@@ -69,11 +68,14 @@ class TrainingState:
         load_weights(self.model, weights_of(checkpoint, path), path)
         if self.model_ema is not None:
             load_weights(self.model_ema, weights_of(checkpoint, path, ema="model_ema" in checkpoint), path)
-        for name in ("optimizer", "lr_scheduler", "scaler", "meter", "history"):
-            try:
-                getattr(self, name).load_state_dict(checkpoint[name])
-            except (KeyError, ValueError, RuntimeError) as error:
-                raise UsageError(f"{path}: its {name} does not fit the options of this run: {error}") from error
+        # The optimizer's memory is the checkpoint's; its rates and decays are this run's options'.
+        groups = self.optimizer.state_dict()["param_groups"]
+        saved = checkpoint["optimizer"]
+        if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved["param_groups"]]:
+            raise UsageError(f"{path}: its optimizer groups the parameters otherwise; use its --opt and --layer_decay")
+        self.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
+        for name in ("scaler", "meter", "history"):
+            getattr(self, name).load_state_dict(checkpoint[name])
         self.epoch, self.position, self.best = checkpoint["epoch"], checkpoint["position"], checkpoint["best"]
 
 

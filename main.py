@@ -88,7 +88,6 @@ def train(options: Options, processes: Processes, device: torch.device) -> dict[
         model.compile()
 
     optimizer = build_optimizer(model, options, data.total_batch)
-    scheduler = build_scheduler(optimizer, options)
     precision = precision_of(options, device)
     stepper = Stepper(
         distribute(model, processes, device),
@@ -105,7 +104,6 @@ def train(options: Options, processes: Processes, device: torch.device) -> dict[
     state = TrainingState(
         model,
         optimizer,
-        scheduler,
         precision.scaler,
         meter=LossMeter(device, processes),
         history=RunLog(*log_folders(options, folder, processes)),
@@ -138,6 +136,7 @@ def train_epochs(
 ) -> None:
     """The loop: from the place where `state` stands to the last epoch. Stopped if a signal ended it early."""
     meter, optimizer, saved_at = state.meter, state.optimizer, time.monotonic()
+    scheduler = build_scheduler(optimizer, options)
     progress = Progress(
         options.epochs, data.updates, data.total_batch, options.print_freq, stepper.precision.device, processes.is_main
     )
@@ -166,7 +165,7 @@ def train_epochs(
 
         for epoch in range(state.epoch, options.epochs):
             started = time.monotonic()
-            state.lr_scheduler.step(epoch)
+            scheduler.step(epoch)
             start = data.place(epoch, state.position)
             if start == 0:
                 meter.reset()

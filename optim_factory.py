@@ -38,11 +38,13 @@ def build_optimizer(model: nn.Module, options: Options, total_batch: int) -> tor
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, options: Options) -> Scheduler:
-    """The schedule; call `.step(epoch)` before training epoch `epoch`.
+    """The schedule, a function of the epoch alone; call `.step(epoch)` before training epoch `epoch`.
 
     The published scripts step after the epoch instead, which trains the first two epochs at the warm-up rate and
     every later one at its predecessor's.
     """
+    if options.sched == "plateau":
+        raise UsageError("--sched plateau is not offered: its rate depends on the run's past; use cosine or step")
     try:
         scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(options))
     except (AssertionError, ValueError) as error:

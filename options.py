@@ -110,7 +110,9 @@ class ScheduleOptions:
     decay_epochs: float = option(30.0, "epochs between decays of the step schedule")
     warmup_epochs: int = option(5, "epochs of linear warm-up", at_least=0)
     cooldown_epochs: int = option(10, "part of the schedule's definition; training ends after `epochs` all the same")
-    patience_epochs: int = option(10, "patience of the plateau schedule")
+    patience_epochs: int = option(
+        10, "accepted because published commands have it; for the plateau schedule, which is not offered"
+    )
     decay_rate: float = option(0.1, "factor of the step schedule")
 
 

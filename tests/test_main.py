@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import timm
 import torch
 import yaml
 from conftest import ROOT, SMALL_RUN, command
@@ -164,6 +165,13 @@ def test_resuming_after_an_epoch_equals_not_stopping(run_small, small_options):
     assert log_of(main.Path(whole.output_dir)) == log_of(folder)
 
 
+def test_a_prolonged_run_follows_the_options_given_now(run_small):
+    run_small("--epochs", "2", "--lr", "1e-3")
+    folder = run_small("--epochs", "4", "--lr", "2e-3")
+    lowest, highest = 1e-5, 2e-3 * 8 / 512
+    assert log_of(folder)[2]["train_lr"] == pytest.approx((lowest + highest) / 2)  # half the cosine over 4 epochs
+
+
 def test_a_finished_run_is_not_trained_again(run_small):
     folder = run_small()
     before = weights(folder)
@@ -196,17 +204,19 @@ def test_finetuning_from_a_run_of_another_size(run_small, small_options, capsys)
 
 
 @pytest.mark.parametrize("kind", ["soft", "hard"])
-def test_distillation_from_a_trained_teacher(run_small, small_options, kind):
-    folder = run_small("--epochs", "1", "--model", "resnet10t", "--model_kwargs", "block_args={}")
-    options = small_options(
-        *("--epochs", "1", "--distillation_type", kind, "--teacher_model", "resnet10t"),
-        *("--teacher_path", str(folder / BEST)),
-    )
-    options.output_dir += "-student"
+def test_distillation_from_a_teacher(small_options, tmp_path, kind):
+    torch.save(timm.create_model("resnet10t", num_classes=4).state_dict(), tmp_path / "teacher.pth")
+    teacher = ("--teacher_model", "resnet10t", "--teacher_path", str(tmp_path / "teacher.pth"))
+    options = small_options("--epochs", "1", "--distillation_type", kind, *teacher)
     main.run(options)
-    assert log_of(main.Path(options.output_dir))[0]["train_loss"] > 0
+    plain = small_options("--epochs", "1")
+    plain.output_dir += "-plain"
+    main.run(plain)
+    taught, untaught = (log_of(main.Path(o.output_dir))[0]["train_loss"] for o in (options, plain))
+    assert taught != untaught
 
 
+@pytest.mark.slow
 def test_compiled_training_agrees(small_options):
     folders = []
     for switch in ("--no_compile", "--compile"):
@@ -220,15 +230,16 @@ def test_compiled_training_agrees(small_options):
 # -- processes
 
 
-@pytest.mark.parametrize("launcher", ["torch.distributed.launch", "torch.distributed.run"])
-def test_published_launchers_train_and_evaluate(shared_images, tmp_path, launcher):
+LAUNCHERS = {
+    "launch": ["-m", "torch.distributed.launch", "--nproc_per_node=2", f"--master_port={20000 + os.getpid() % 10000}"],
+    "torchrun": ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"],
+}
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_launchers_train_and_evaluate(shared_images, tmp_path, launcher):
     run = small_command(shared_images, tmp_path / "run", "--epochs", "1", "--dist_eval")
-    launch = (
-        ["-m", launcher, "--nproc_per_node=2", "--master_port=0"]
-        if "run" in launcher
-        else ["-m", launcher, "--nproc_per_node=2", "--master_port", str(20000 + os.getpid() % 10000)]
-    )
-    printed = command(*launch, *run)
+    printed = command(*LAUNCHERS[launcher], *run)
     assert printed.returncode == 0, printed.stderr
     assert "updates of 16, 2 process(es)" in printed.stdout
     assert printed.stdout.count("* Acc@1") == 2  # of the weights and of their average, by one process
@@ -239,7 +250,7 @@ def test_split_evaluation_prints_the_same_line_for_any_number_of_processes(run_s
     lines = set()
     for processes in (1, 2, 3):
         run = small_command(shared_images, folder, "--eval", "--dist_eval", "--resume", folder / BEST)
-        printed = command("-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0", *run)
+        printed = command("-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone", *run)
         assert printed.returncode == 0, printed.stderr
         lines.add("\n".join(line for line in printed.stdout.splitlines() if "Acc" in line))
     assert len(lines) == 1

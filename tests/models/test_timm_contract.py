@@ -20,7 +20,8 @@ ALIASES = {"debi_tiny": "debiformer_tiny", "debi_small": "debiformer_small", "de
 ALL_NAMES = [*models.MODEL_NAMES, *ALIASES]
 CHEAP_NAMES = ["debiformer_nano", "debiformer_tiny", "biformer_tiny"]
 
-every_model = pytest.mark.parametrize("name", ALL_NAMES)
+every_name = pytest.mark.parametrize("name", ALL_NAMES)
+every_variant = pytest.mark.parametrize("name", models.MODEL_NAMES)
 cheap_models = pytest.mark.parametrize("name", CHEAP_NAMES)
 
 
@@ -47,7 +48,7 @@ def square_images(side: int) -> Tensor:
 # -- forward and backward -----------------------------------------------------------------------------------------
 
 
-@every_model
+@every_name
 @torch.no_grad()
 def test_forward_at_native_size(name):
     model = create(name)
@@ -56,7 +57,7 @@ def test_forward_at_native_size(name):
     assert logits.isfinite().all()
 
 
-@every_model
+@every_variant
 def test_backward_reaches_every_parameter(name):
     model = create(name, num_classes=42, drop_path_rate=0.0).train()
     logits = model(native_images(model))
@@ -68,7 +69,7 @@ def test_backward_reaches_every_parameter(name):
     assert zero == []
 
 
-@every_model
+@every_variant
 @torch.no_grad()
 def test_one_input_channel(name):
     model = create(name, in_chans=1)
@@ -79,13 +80,14 @@ def test_one_input_channel(name):
 @pytest.mark.parametrize(("alias", "name"), ALIASES.items())
 def test_alias_is_the_same_model(alias, name):
     a, b = create(alias), create(name)
+    assert str(a) == str(b)
     assert a.default_cfg == b.default_cfg
     for (key, value), (other_key, other_value) in zip(a.state_dict().items(), b.state_dict().items(), strict=True):
         assert key == other_key
         assert torch.equal(value, other_value)
 
 
-@every_model
+@every_name
 def test_name_is_listed(name):
     assert timm.is_model(name)
     assert name in timm.list_models(name.split("_")[0] + "_*")
@@ -99,7 +101,7 @@ def test_model_names_holds_every_registered_variant_once():
 # -- configuration and head ---------------------------------------------------------------------------------------
 
 
-@every_model
+@every_name
 def test_default_cfg_names_the_first_and_the_last_layer(name):
     model = outline(name)
     cfg = model.default_cfg
@@ -110,7 +112,7 @@ def test_default_cfg_names_the_first_and_the_last_layer(name):
     assert model.get_classifier() is model.get_submodule(cfg["classifier"])
 
 
-@every_model
+@every_variant
 @torch.no_grad()
 def test_resetting_the_classifier(name):
     model = create(name)
@@ -141,7 +143,7 @@ def test_head_arguments_of_create_model(name):
     assert create(name, drop_rate=0.25).head_drop.p == 0.25
 
 
-@every_model
+@every_name
 def test_stochastic_depth_grows_linearly_over_all_blocks(name):
     with torch.device("meta"):
         model = timm.create_model(name, drop_path_rate=0.2)
@@ -153,7 +155,7 @@ def test_stochastic_depth_grows_linearly_over_all_blocks(name):
 # -- features -----------------------------------------------------------------------------------------------------
 
 
-@every_model
+@every_variant
 @torch.no_grad()
 def test_features_only_gives_four_maps(name):
     model = create(name, features_only=True)
@@ -181,7 +183,7 @@ def test_features_only_with_chosen_stages(name, out_indices):
     assert chosen.feature_info.reduction() == [(4, 8, 16, 32)[i] for i in out_indices]
 
 
-@cheap_models
+@pytest.mark.parametrize("name", ["debiformer_nano", "biformer_tiny"])
 @pytest.mark.parametrize("feature_cls", ["fx", "hook"])
 @torch.no_grad()
 def test_other_feature_extractors_agree(name, feature_cls):
@@ -193,7 +195,7 @@ def test_other_feature_extractors_agree(name, feature_cls):
     assert all(torch.equal(out, map_) for out, map_ in zip(outputs, expected, strict=True))
 
 
-@every_model
+@every_variant
 @torch.no_grad()
 def test_forward_intermediates(name):
     model, x = create(name), square_images(96)
@@ -280,7 +282,7 @@ def test_traced_graph_equals_eager_forward_and_backward(name):
 # -- parameter groups ---------------------------------------------------------------------------------------------
 
 
-@every_model
+@every_name
 def test_layer_groups_run_from_stem_to_head(name):
     model = outline(name)
     layer = group_parameters(model, model.group_matcher(), reverse=True)
@@ -299,7 +301,7 @@ def test_layer_groups_run_from_stem_to_head(name):
     assert layer["head.weight"] == layer["head.bias"] == depth[-1] + 1
 
 
-@every_model
+@every_name
 def test_coarse_groups_are_stem_stages_and_head(name):
     model = outline(name)
     layer = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
@@ -311,7 +313,7 @@ def test_coarse_groups_are_stem_stages_and_head(name):
     assert layer["head.weight"] == 5
 
 
-@every_model
+@every_name
 def test_modules_can_be_grouped_too(name):
     model = outline(name)
     groups = group_modules(model, model.group_matcher())
@@ -319,7 +321,7 @@ def test_modules_can_be_grouped_too(name):
     assert groups[max(groups)] == ["head"]
 
 
-@every_model
+@every_name
 def test_layer_decay_scales_learning_rates_from_stem_to_head(name):
     model = outline(name)
     names = {id(p): n for n, p in model.named_parameters()}
@@ -337,7 +339,7 @@ def test_layer_decay_scales_learning_rates_from_stem_to_head(name):
     assert {n for n in decay if decay[n] == 0} == undecayed
 
 
-@every_model
+@every_name
 def test_weight_decay_spares_exactly_the_position_tables(name):
     model = outline(name)
     tables = {f"{n}.rpe_table" for n, m in model.named_modules() if isinstance(m, DeformableAgentAttention)}
@@ -438,7 +440,7 @@ def test_position_tables_follow_the_image_size():
     assert [tuple(table.shape[1:]) for table in tables] == sides
 
 
-@pytest.mark.parametrize("name", models.MODEL_NAMES)
+@every_variant
 def test_model_can_be_built_without_memory(name):
     with torch.device("meta"):
         model = timm.create_model(name)

@@ -1,0 +1,35 @@
+# make quickstart: install, then train a small DeBiFormer on real images. make test: install, then all tests.
+# make lint, make table: see below. PYTHON=python3.12 chooses the Python that .venv is made with.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: quickstart test lint docs clean
+
+quickstart: $(VENV)/installed
+	$(RUN) main.py
+
+test: $(VENV)/installed-dev lint
+	$(RUN) -m pytest -n auto --dist loadgroup $(ARGS)
+
+lint: $(VENV)/installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+docs: $(VENV)/installed  # what is generated from code
+	$(RUN) -m options > docs/OPTIONS.md
+	$(RUN) -m benchmarks.model_table --write README.md
+
+clean:
+	rm -rf $(VENV)
+
+$(VENV)/installed: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14) and "Python 3.10 to 3.13 is needed: make PYTHON=python3.12 ...")'
+	test -x $(RUN) || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+	$(RUN) -m pip install --quiet -r requirements-dev.txt
+	touch $@
