@@ -1,7 +1,8 @@
 """Ends of a run that need no traceback: one line and an exit code."""
 
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
 
 class UsageError(ValueError):
@@ -17,7 +18,14 @@ class NonFiniteLoss(RuntimeError):
 
 
 class Stopped(RuntimeError):
-    """A signal ended the run after its checkpoint was written: running the same command again goes on."""
+    """Signals ended the run after its checkpoint was written: running the same command again goes on.
+
+    signals: those that reached this process.
+    """
+
+    def __init__(self, message: str, signals: Collection[signal.Signals]) -> None:
+        super().__init__(message)
+        self.signals = frozenset(signals)
 
 
 EXIT_CODES = {UsageError: 2, NonFiniteLoss: 1, Stopped: 75}

@@ -175,7 +175,8 @@ def train_epochs(
             )
             progress.end_epoch()
             if not finished:
-                raise Stopped(f"checkpoint written to {folder / LAST}; the same command goes on from there")
+                message = f"stopped; checkpoint in {folder}. To go on: the same options and output_dir {folder}"
+                raise Stopped(message, requests.signals)
             meter.check(epoch)
             save(epoch, data.epoch_images)  # so that a run killed while it evaluates loses nothing
 

@@ -193,6 +193,35 @@ class Options(
     """All options of a run."""
 
 
+@dataclass
+class SlurmOptions:
+    """Cluster (`slurm.NAME`, hydra_main.py only)"""
+
+    executor: str = option("slurm", "slurm submits a job; local starts the processes here", choices=("slurm", "local"))
+    partition: str | None = option(None, "sbatch --partition; null: the cluster's default")
+    nodes: int = option(1, "machines", at_least=1)
+    ngpus: int = option(8, "processes per machine, one per GPU", at_least=1)
+    cpus_per_task: int = option(5, "CPUs per process", at_least=1)
+    mem: str | None = option(None, "memory per machine, e.g. 400GB; null: the cluster's default")
+    timeout: float = option(240.0, "hours until the job is out of time and goes back to the queue", at_least=0)
+    requeues: int = option(100, "how often a job that ran out of time goes back to the queue", at_least=0)
+    signal_delay: int = option(120, "seconds between the warning signal and the time limit", at_least=0)
+    account: str | None = option(None, "sbatch --account")
+    qos: str | None = option(None, "sbatch --qos")
+    constraint: str | None = option(None, "sbatch --constraint")
+    exclude_node: str | None = option(None, "sbatch --exclude: machines not to use")
+    comment: str | None = option(None, "sbatch --comment")
+    quotatype: str | None = option(None, "sbatch --quotatype, a flag of some clusters")
+    job_name: str | None = option(None, "name of the job; null: the model's")
+    job_dir: str | None = option(None, "scripts and logs of the job; null: the run's folder")
+    ddp_comm_mode: str = option(
+        "tcp", "how processes meet: over tcp, or by a file in share_root", choices=("tcp", "file")
+    )
+    share_root: str | None = option(None, "folder that all machines see, for ddp_comm_mode=file")
+    master_port: int | None = option(None, "port of the first process; null: derived from the job's number", at_least=1)
+    extra: dict[str, Any] = option({}, "any further sbatch options")
+
+
 GROUPS = (
     RunOptions,
     ModelOptions,
@@ -254,19 +283,24 @@ def load_recipe(name: str) -> Options:
 
 def validate(options: Options) -> None:
     """UsageError if a value is out of its range or contradicts another."""
-    for spec in fields(options):
-        value = getattr(options, spec.name)
-        choices, at_least = spec.metadata["choices"], spec.metadata["at_least"]
-        if choices and value not in choices:
-            raise UsageError(f"--{spec.name} must be one of {', '.join(choices)}, not {value!r}")
-        if at_least is not None and value is not None and value < at_least:
-            raise UsageError(f"--{spec.name} must be at least {at_least}, not {value}")
+    check_ranges(options, prefix="--")
     for name in ("lr_noise", "cutmix_minmax", "scale", "opt_betas"):
         value = getattr(options, name)
         if value is not None and len(value) != 2 and not (name == "lr_noise" and len(value) == 1):
             raise UsageError(f"--{name} takes two numbers, not {value}")
     if mixing(options) and options.batch_size % 2:
         raise UsageError(f"mixup and CutMix pair images: --batch_size must be even, not {options.batch_size}")
+
+
+def check_ranges(options: Any, prefix: str) -> None:
+    """UsageError if a field of a dataclass of options is not among its choices or below its bound."""
+    for spec in fields(options):
+        value = getattr(options, spec.name)
+        choices, at_least = spec.metadata["choices"], spec.metadata["at_least"]
+        if choices and value not in choices:
+            raise UsageError(f"{prefix}{spec.name} must be one of {', '.join(choices)}, not {value!r}")
+        if at_least is not None and value is not None and value < at_least:
+            raise UsageError(f"{prefix}{spec.name} must be at least {at_least}, not {value}")
 
 
 def mixing(options: Options) -> bool:
@@ -282,7 +316,7 @@ def to_plain(options: Options) -> dict[str, Any]:
 def markdown_table() -> str:
     """All options with defaults and help, grouped, for the documentation."""
     lines = ["# Options", "", "Written by `python -m options`. Hydra spells them the same way.", ""]
-    for group in GROUPS:
+    for group in (*GROUPS, SlurmOptions):
         lines += [f"## {group.__doc__}", "", "| option | default | meaning |", "|---|---|---|"]
         for spec in fields(group):
             choices = f" ({', '.join(spec.metadata['choices'])})" if spec.metadata["choices"] else ""

@@ -4,6 +4,7 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,7 +26,6 @@ class Processes:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    local_world_size: int = 1
 
     @property
     def is_main(self) -> bool:
@@ -37,17 +37,27 @@ class Processes:
         return self.world_size > 1
 
 
-def find_processes(environ: dict[str, str] | None = None) -> Processes:
-    """Rank and world size from torchrun's environment, else from Slurm's, else a single process."""
-    env = os.environ if environ is None else environ
+def find_processes() -> Processes:
+    """From torchrun's environment, else from Slurm's (under plain srun), else a single process.
+
+    Under srun, MASTER_ADDR and MASTER_PORT are set to the job's first machine and a port derived from its number.
+    """
+    env = os.environ
     if "RANK" in env and "WORLD_SIZE" in env:
-        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    elif "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", 1)) > 1:
-        names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
-    else:
-        return Processes()
-    rank, world_size = int(env[names[0]]), int(env[names[1]])
-    return Processes(rank, world_size, int(env.get(names[2], rank)), int(env.get(names[3], world_size)))
+        return Processes(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
+    # SLURM_PROCID alone also stands in a batch script's own environment, where there is one process.
+    if int(env.get("SLURM_STEP_NUM_TASKS", 1)) > 1:
+        if "MASTER_ADDR" not in env:
+            hosts = ["scontrol", "show", "hostnames", env["SLURM_JOB_NODELIST"]]
+            env["MASTER_ADDR"] = subprocess.run(hosts, capture_output=True, text=True, check=True).stdout.split()[0]
+        env.setdefault("MASTER_PORT", str(port_of_job(env["SLURM_JOB_ID"])))
+        return Processes(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env["SLURM_LOCALID"]))
+    return Processes()
+
+
+def port_of_job(job_id: str) -> int:
+    """A port below the range that systems hand out; different for two jobs that share a machine."""
+    return 10_000 + int("".join(filter(str.isdigit, job_id))) % 20_000
 
 
 def choose_device(name: str, processes: Processes) -> torch.device:
@@ -62,6 +72,8 @@ def choose_device(name: str, processes: Processes) -> torch.device:
         if not torch.cuda.is_available():
             raise UsageError(f"--device {name}: no CUDA GPU is visible; use --device cpu")
         index = processes.local_rank if device.index is None else device.index
+        if torch.cuda.device_count() == 1 and "SLURM_JOB_ID" in os.environ:
+            index = 0  # the cluster shows each process its own GPU only
         if index >= torch.cuda.device_count():
             raise UsageError(f"GPU {index} was asked for, but only {torch.cuda.device_count()} are visible")
         device = torch.device("cuda", index)
@@ -149,7 +161,7 @@ class Requests:
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
     def __init__(self, processes: Processes) -> None:
-        self.signal: signal.Signals | None = None
+        self.signals: set[signal.Signals] = set()
         self._group = dist.new_group(backend="gloo") if processes.distributed else None
         self._pending: tuple[Tensor, dist.Work] | None = None
 
@@ -162,13 +174,13 @@ class Requests:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
+        if signal.SIGINT in self.signals and number == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C does not wait for the checkpoint
-        self.signal = signal.Signals(number)
+        self.signals.add(signal.Signals(number))
 
     def agree(self, save: bool = False) -> Request:
         """What all do now. Every process calls this after every update; `save`: this process wishes to save."""
-        wish = Request.STOP if self.signal is not None else Request.SAVE if save else Request.NOTHING
+        wish = Request.STOP if self.signals else Request.SAVE if save else Request.NOTHING
         if self._group is None:
             return wish
         answer = Request.NOTHING

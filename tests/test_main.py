@@ -295,7 +295,7 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(shared_images, tmp_pat
     began = time.monotonic()
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors
-    assert "the same command goes on from there" in errors.splitlines()[-1]
+    assert "To go on: the same options and output_dir" in errors.splitlines()[-1]
     assert "Traceback" not in errors
     assert time.monotonic() - began < 60
     assert load_checkpoint(tmp_path / "run" / LAST)["epoch"] >= 0

@@ -1,0 +1,250 @@
+"""The run of main.py, composed by Hydra and, with +slurm=PROFILE, submitted to a cluster.
+
+    python hydra_main.py +recipe=debiformer_small data_path=./data/in1k +slurm=example slurm.nodes=2
+    python hydra_main.py -m lr=1e-4,5e-4 +slurm=local slurm.ngpus=2     one job per point
+
+The options are those of main.py, spelt with underscores: key=value. wait=true waits for the job and returns its status.
+"""
+
+import io
+import os
+import re
+import shutil
+import signal
+import sys
+import time
+from contextlib import redirect_stderr
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from hashlib import sha1
+from pathlib import Path
+
+import hydra
+import submitit
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError, UncompletedJobError
+
+from errors import Stopped, UsageError, exit_on_error
+from options import DEFAULT_RECIPE, Options, SlurmOptions, check_ranges, option, validate
+from utils import port_of_job
+
+CONFIGS = Path(__file__).parent / "configs"
+NOT_IN_NAME = ("data_path", "dist_eval", "dist_url", "output_dir", "log_dir", "resume", "slurm", "wait")
+LONGEST_NAME = 255
+
+
+@dataclass
+class LaunchOptions(Options):
+    """The options of a run, and how it is launched."""
+
+    slurm: SlurmOptions | None = None
+    wait: bool = option(False, "wait for the job and return its status")
+
+
+class Job:
+    """What runs in every process of a submitted job; submitit pickles it."""
+
+    def __init__(self, options: Options, slurm: SlurmOptions) -> None:
+        self.options, self.slurm = options, slurm
+
+    def __call__(self) -> None:
+        import main
+
+        self._join()
+        try:
+            main.run(self.options)
+        except Stopped as stopped:
+            print(stopped, flush=True)
+            self._hand_back(stopped)
+
+    def checkpoint(self) -> DelayedSubmission:
+        """submitit asks for this before it requeues the job: the same again, which goes on from its checkpoint."""
+        return DelayedSubmission(self)
+
+    def _join(self) -> None:
+        """Say in torchrun's words who this process is and where the others are."""
+        job = submitit.JobEnvironment()
+        port = self.slurm.master_port or port_of_job(job.job_id)
+        os.environ.update(
+            RANK=str(job.global_rank),
+            WORLD_SIZE=str(job.num_tasks),
+            LOCAL_RANK=str(job.local_rank),
+            MASTER_ADDR=job.hostnames[0],
+            MASTER_PORT=str(port),
+        )
+        if self.slurm.ddp_comm_mode == "file":
+            attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
+            self.options.dist_url = f"file://{self.slurm.share_root}/{job.job_id}.{attempt}"
+
+    def _hand_back(self, stopped: Stopped) -> None:
+        """All processes have stopped and the checkpoint is written: now Slurm and submitit decide.
+
+        submitit requeues when its signal (USR2) arrives; its handler on the main process does that. A mere SIGTERM
+        may be the first half of that, or Slurm's own requeue or cancellation: staying until the end leaves the choice
+        to Slurm, whereas a job that exits by itself is taken for finished and not requeued.
+        """
+        if submitit.JobEnvironment().name() != "slurm":
+            raise stopped
+        if signal.SIGUSR2 in stopped.signals:
+            try:
+                signal.raise_signal(signal.SIGUSR2)
+            except UncompletedJobError as error:
+                raise UncompletedJobError(f"{error} {stopped}") from error
+        time.sleep(600)
+        raise stopped
+
+
+def run_dir(output_dir: str, overrides: list[str], now: str) -> str:
+    """The folder of a run: `output_dir` if it is given, else one named after the command line and the time."""
+    return output_dir or f"outputs/cls/{run_name(overrides)}/{now}"
+
+
+def run_name(overrides: list[str]) -> str:
+    """KEY.VALUE-KEY.VALUE from Hydra overrides, sorted; different overrides give different names.
+
+    Keys that do not change the outcome are left out. What cannot be part of a folder's name is shortened, with a hash.
+    """
+    parts = []
+    for override in overrides:
+        key, _, value = override.lstrip("+~").partition("=")
+        if key not in NOT_IN_NAME:
+            parts.append(f"{key}.{value}".replace("'", "").replace('"', ""))
+    name = "-".join(sorted(parts)) or "default"
+    if "/" in name or len(name.encode()) > LONGEST_NAME:
+        digest = sha1(name.encode()).hexdigest()[:10]
+        plain = name.replace("/", "_").encode()[: LONGEST_NAME - 11].decode(errors="ignore")
+        name = f"{plain}-{digest}"
+    return name
+
+
+def check_launch(slurm: SlurmOptions) -> None:
+    """UsageError if the job cannot be submitted as asked."""
+    check_ranges(slurm, prefix="slurm.")
+    if slurm.ddp_comm_mode == "file" and not slurm.share_root:
+        raise UsageError("slurm.ddp_comm_mode=file needs slurm.share_root, a folder that all machines see")
+    if slurm.executor == "local" and slurm.nodes > 1:
+        raise UsageError("slurm.executor=local knows one machine only: slurm.nodes=1")
+    if slurm.executor == "slurm" and shutil.which("sbatch") is None:
+        raise UsageError("sbatch is not installed here: submit from a cluster's login node, or use +slurm=local")
+
+
+def submit(options: Options, slurm: SlurmOptions) -> submitit.Job:
+    """Submit the run. UsageError with Slurm's own words if it refuses."""
+    folder = slurm.job_dir or options.output_dir
+    executor = submitit.AutoExecutor(folder, cluster=slurm.executor, slurm_max_num_timeout=slurm.requeues)
+    executor.update_parameters(
+        name=slurm.job_name or options.model,
+        nodes=slurm.nodes,
+        tasks_per_node=slurm.ngpus,
+        cpus_per_task=slurm.cpus_per_task,
+        gpus_per_node=0 if options.device == "cpu" else slurm.ngpus,
+        timeout_min=max(1, round(slurm.timeout * 60)),
+    )
+    if slurm.executor == "slurm":
+        named = {
+            "partition": slurm.partition,
+            "mem": slurm.mem,
+            "account": slurm.account,
+            "qos": slurm.qos,
+            "constraint": slurm.constraint,
+            "exclude": slurm.exclude_node,
+            "comment": slurm.comment,
+        }
+        extra = dict(slurm.extra) | ({"quotatype": slurm.quotatype} if slurm.quotatype else {})
+        executor.update_parameters(
+            slurm_signal_delay_s=slurm.signal_delay,
+            slurm_srun_args=["--kill-on-bad-exit=1"],  # one dead process must not leave the others waiting
+            slurm_additional_parameters={"open-mode": "append", **extra},
+            **{f"slurm_{name}": value for name, value in named.items() if value is not None},
+        )
+    try:
+        with redirect_stderr(io.StringIO()):  # submitit prints what it raises
+            return executor.submit(Job(options, slurm))
+    except (FailedSubmissionError, FailedJobError, OSError) as error:
+        reason = [line for line in str(error).splitlines() if "error" in line.lower()] or str(error).splitlines()
+        raise UsageError(f"Slurm refused the job: {reason[-1].strip()}") from error
+
+
+def wait_for(job: submitit.Job) -> None:
+    """Wait for all processes of a job; ends this one with the job's exit code if it failed."""
+    try:
+        job.results()
+    except UncompletedJobError as error:
+        cause = next((line for line in str(error).splitlines() if line.startswith("errors.UsageError: ")), None)
+        if cause is not None:
+            raise UsageError(cause) from error
+        print(f"hydra_main.py: error: job {job.job_id} failed, see {job.paths.stderr}", file=sys.stderr)
+        sys.exit(1)
+    print(f"Job {job.job_id} is done")
+
+
+def launch(config: DictConfig) -> None:
+    """Run here, or submit."""
+    unknown = set(config) - {spec.name for spec in fields(LaunchOptions)}
+    if unknown:
+        raise UsageError(unknown_option(min(unknown)))
+    options: LaunchOptions = OmegaConf.to_object(config)
+    slurm, hydra_config = options.slurm, HydraConfig.get()
+    run = Options(**{spec.name: getattr(options, spec.name) for spec in fields(Options)})
+    run.recipe = hydra_config.runtime.choices.get("recipe") or ""
+    run.output_dir = str(Path(hydra_config.runtime.output_dir).resolve())
+    validate(run)
+    if slurm is None:
+        import main
+
+        main.run(run)
+        return
+    check_launch(slurm)
+    job = submit(run, slurm)
+    print(f"Submitted job {job.job_id}")
+    print(f"  folder:    {run.output_dir}")
+    print(f"  follow it: tail -F {job.paths.stdout}")
+    print(f"  stop it:   {'scancel' if slurm.executor == 'slurm' else 'kill'} {job.job_id}", flush=True)
+    if options.wait:
+        wait_for(job)
+
+
+def compose_and_launch() -> None:
+    """Hydra's main, with its errors turned into UsageError."""
+    given = {argument.lstrip("+~").partition("=")[0] for argument in sys.argv[1:]}
+    if not given & {"recipe", "model", "data_path", "data_set", "--help", "-h", "--cfg", "-c", "--info", "-i"}:
+        print(f"No data_path, data_set, model or recipe given: using +recipe={DEFAULT_RECIPE}")
+        sys.argv.append(f"+recipe={DEFAULT_RECIPE}")
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing and exiting with 1
+    ConfigStore.instance().store("options", LaunchOptions)
+    OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
+    entry = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(
+        lambda config: exit_on_error("hydra_main.py", lambda: launch(config))
+    )
+    try:
+        entry()
+    except MissingConfigException as error:
+        group, _, name = str(error.missing_cfg_file).rpartition("/")
+        raise UsageError(f"there is no {group} {name!r}; known: {', '.join(error.options or [])}") from error
+    except OSError as error:
+        raise UsageError(f"cannot write to {error.filename}: {error.strerror}; choose another output_dir") from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UsageError(in_one_line(error)) from error
+
+
+def in_one_line(error: Exception) -> str:
+    """The first lines of an error of Hydra and of its cause; for an unknown option, the closest known one."""
+    first, cause = (str(e).splitlines()[0] if e and str(e) else "" for e in (error, error.__cause__))
+    unknown = re.search(r"Could not override '([\w.]+)'|Key '(\w+)' (?:is )?not in", f"{first} {cause}")
+    if unknown is None:
+        return f"{first} ({cause})" if cause else first
+    return unknown_option((unknown[1] or unknown[2]).rpartition(".")[2])
+
+
+def unknown_option(name: str) -> str:
+    known = [spec.name for kind in (LaunchOptions, SlurmOptions) for spec in fields(kind)]
+    close = get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"unknown option {name}" + (f"; did you mean {close[0]}?" if close else "; see docs/OPTIONS.md")
+
+
+if __name__ == "__main__":
+    exit_on_error("hydra_main.py", compose_and_launch)
