@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from errors import UsageError
+from models.backbone import Backbone, checkpoint_filter_fn
 
 LAST, PREVIOUS, BEST = "checkpoint.pth", "checkpoint.previous.pth", "best.pth"
 SAFE_CLASSES = (
@@ -211,8 +212,6 @@ def load_to_finetune(model: nn.Module, weights: dict[str, Any], path: str | Path
     Position tables are resampled by the model family's own filter; a classifier of another class count stays at its
     initial value. UsageError if anything else does not fit.
     """
-    from models.backbone import Backbone, checkpoint_filter_fn
-
     if isinstance(model, Backbone):
         weights = checkpoint_filter_fn(weights, model)
     wanted = model.state_dict()

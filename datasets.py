@@ -243,7 +243,7 @@ def train_transform(options: Options) -> transforms.Compose:
         re_mode=options.remode,
         re_count=options.recount,
     )
-    if options.input_size <= 32:  # as published: images of CIFAR's size are shifted, not rescaled
+    if _at_cifar_size(options):  # as published: shifted, not rescaled
         transform.transforms[0] = transforms.RandomCrop(options.input_size, padding=4)
     return transform
 
@@ -254,8 +254,12 @@ def eval_transform(options: Options) -> transforms.Compose:
         input_size=options.input_size,
         is_training=False,
         interpolation="bicubic",
-        crop_pct=options.crop_pct or 224 / 256,
+        crop_pct=options.crop_pct or (1.0 if _at_cifar_size(options) else 224 / 256),
     )
+
+
+def _at_cifar_size(options: Options) -> bool:
+    return options.data_set == "CIFAR" and options.input_size <= 32
 
 
 class Transformed(Dataset):

@@ -38,19 +38,24 @@ class LossMeter:
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.sums = torch.zeros(2, dtype=dtype, device=device)  # of losses, and how many
         self.first_bad = torch.full((), -1, device=device)
+        self.gathered: list[list[float]] = []
 
     def reset(self) -> None:
         self.sums.zero_()
         self.first_bad.fill_(-1)
 
-    def state_dict(self) -> dict[str, list[float]]:
-        return {"sums": self.sums.tolist()}
+    def state_dict(self) -> dict[str, list[list[float]]]:
+        """What `gather` collected."""
+        return {"sums": self.gathered}
 
-    def load_state_dict(self, state: dict[str, list[float]]) -> None:
-        """The saved sums are those of all processes: the main one takes them, the others start from zero."""
+    def load_state_dict(self, state: dict[str, list[list[float]]]) -> None:
+        """Each process takes its own sums; among another number of processes, the main one takes all."""
         self.reset()
-        if self.processes.is_main:
-            self.sums.copy_(torch.tensor(state["sums"], dtype=self.sums.dtype))
+        rows = torch.tensor(state["sums"], dtype=self.sums.dtype)
+        if len(rows) == self.processes.world_size:
+            self.sums.copy_(rows[self.processes.rank])
+        elif self.processes.is_main:
+            self.sums.copy_(rows.sum(0))
 
     def add(self, loss: Tensor, update: int) -> None:
         loss = loss.detach()
@@ -68,10 +73,10 @@ class LossMeter:
             )
 
     def gather(self) -> None:
-        """Move the sums of all processes to the main one."""
-        all_reduce_sum(self.sums, self.processes)
-        if not self.processes.is_main:
-            self.sums.zero_()
+        """Collect the sums of all processes, for the state dict. Waits for the device."""
+        rows = self.sums.new_zeros(self.processes.world_size, 2)
+        rows[self.processes.rank] = self.sums
+        self.gathered = all_reduce_sum(rows, self.processes).tolist()
 
     def average(self) -> float:
         """Mean loss over all updates and processes."""

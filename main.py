@@ -90,7 +90,7 @@ def train(options: Options, processes: Processes, device: torch.device) -> dict[
     optimizer = build_optimizer(model, options, data.total_batch)
     precision = precision_of(options, device)
     stepper = Stepper(
-        distribute(model, processes, device),
+        distribute(model, processes, options, precision),
         build_loss(options, build_teacher(options, data.num_classes, device)),
         optimizer,
         precision,
@@ -251,11 +251,26 @@ def build_model(options: Options, num_classes: int) -> nn.Module:
         raise UsageError(f"--model {options.model}: {error}") from error
 
 
-def distribute(model: nn.Module, processes: Processes, device: torch.device) -> nn.Module:
-    """The model wrapped so that all processes train it together, if there are several."""
+def distribute(model: nn.Module, processes: Processes, options: Options, precision: Precision) -> nn.Module:
+    """The model wrapped so that all processes train it together, if there are several.
+
+    In its first backward pass DistributedDataParallel learns in which order gradients arrive, and then packs them
+    otherwise; sums over the processes round according to the packing. One pass ahead of the training, without effect on
+    the weights, has all updates packed alike, so that a resumed run rounds like an undisturbed one.
+    """
     if not processes.distributed:
         return model
-    return DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    device = precision.device
+    wrapped = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    images = torch.zeros(options.batch_size, 3, options.input_size, options.input_size, device=device)
+    with precision.autocast():
+        logits = wrapped(images.contiguous(memory_format=torch.channels_last))
+    logits.sum().backward()
+    wrapped.zero_grad(set_to_none=True)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    return wrapped
 
 
 def build_teacher(options: Options, num_classes: int, device: torch.device) -> nn.Module | None:

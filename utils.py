@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -89,12 +90,19 @@ def process_group(processes: Processes, device: torch.device, dist_url: str, tim
     if not processes.distributed:
         yield
         return
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # as torchrun does: processes that share cores get in each other's way
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, dist_url, timeout, processes.world_size, processes.rank)
     try:
         yield
-    finally:
-        dist.destroy_process_group()
+    except RuntimeError as error:
+        # A process that died takes its peers' collective operations down. It has its traceback printed, and the
+        # launcher ends the others soon: they keep quiet until then.
+        if isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Connection")):
+            time.sleep(20)
+        raise
+    dist.destroy_process_group()
 
 
 def broadcast_object(value: object, processes: Processes) -> object:

@@ -1,5 +1,7 @@
 """The four stage outputs of a model, each through its own LayerNorm, for detectors and segmenters."""
 
+from collections.abc import Sequence
+
 from torch import Tensor, nn
 
 from models.backbone import Backbone, run_stage
@@ -32,7 +34,11 @@ class FeaturePyramid(nn.Module):
         self.downsample_layers = model.downsample_layers
         self.stages = model.stages
         self.extra_norms = nn.ModuleList(_ChannelNorm(info["num_chs"]) for info in model.feature_info)
-        self.grad_checkpointing = model.grad_checkpointing
+        self.set_grad_checkpointing(model.grad_checkpointing)
+
+    def set_grad_checkpointing(self, enable: bool | Sequence[bool] = True) -> None:
+        """Recompute blocks in the backward pass to save memory: one bool for all stages, or one per stage."""
+        self.grad_checkpointing = (enable,) * len(self.stages) if isinstance(enable, bool) else tuple(enable)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         outputs = []

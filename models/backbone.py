@@ -11,7 +11,7 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from timm.layers import SelectAdaptivePool2d, calculate_drop_path_rates
-from timm.models import checkpoint
+from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
@@ -29,9 +29,9 @@ def stage_sides(side: int) -> tuple[int, int, int, int]:
 def first_stage_that_pads(side: int, n_win: int, grid_strides: Sequence[Sequence[int]]) -> int | None:
     """The first stage (from 1) whose token or agent grids do not divide into `n_win` windows; None if all do.
 
-    grid_strides: per stage, the strides (in tokens) of the grids that are cut into windows.
+    grid_strides: per stage (later stages may be missing), the strides in tokens of the grids that are cut into windows.
     """
-    for number, (tokens, strides) in enumerate(zip(stage_sides(side), grid_strides, strict=True), start=1):
+    for number, (tokens, strides) in enumerate(zip(stage_sides(side), grid_strides, strict=False), start=1):
         if any(-(-tokens // stride) % n_win for stride in strides):
             return number
     return None
@@ -58,15 +58,13 @@ def check_image_size(x: Tensor, n_win: int, grid_strides: Sequence[Sequence[int]
 torch.fx.wrap("check_image_size")
 
 
-def run_stage(downsample: nn.Module, blocks: nn.Module, x: Tensor, recompute: bool = False) -> Tensor:
+def run_stage(downsample: nn.Module, blocks: nn.Sequential, x: Tensor, recompute: bool = False) -> Tensor:
     """Downsample, then run the blocks: (B, C, H, W) -> (B, C', H', W') in channels-last memory.
 
     recompute: keep only the blocks' inputs for the backward pass and compute the rest again there.
     """
     x = downsample(x).contiguous(memory_format=torch.channels_last)
-    for block in blocks:
-        x = checkpoint(block, x) if recompute else block(x)
-    return x
+    return checkpoint_seq(blocks, x) if recompute else blocks(x)
 
 
 class Backbone(nn.Module):
@@ -143,6 +141,7 @@ class Backbone(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool | Sequence[bool] = True) -> None:
+        """One bool for all stages, or one per stage."""
         self.grad_checkpointing = (enable,) * len(STRIDES) if isinstance(enable, bool) else tuple(enable)
 
     @torch.jit.ignore
@@ -199,11 +198,12 @@ class Backbone(nn.Module):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Drop what the chosen stages' maps do not need. Returns the indices of the kept stages."""
+        """Drop what the chosen stages' maps do not need. Returns their indices, counted from the first stage."""
         taken, last_taken = feature_take_indices(len(self.stages), indices)
         cut = last_taken < len(self.stages) - 1
         self.downsample_layers = self.downsample_layers[: last_taken + 1]
         self.stages = self.stages[: last_taken + 1]
+        self.grid_strides = self.grid_strides[: last_taken + 1]
         if prune_norm or cut:
             self.norm = nn.Identity()
         if cut:

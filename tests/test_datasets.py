@@ -9,10 +9,10 @@ import tarfile
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from support import CLASSES
 
 import datasets
 from datasets import Cifar100, Digits, EvalSampler, Key, TrainSampler, Transformed, build_data, eval_transform

@@ -107,6 +107,7 @@ def test_meter_goes_on_from_its_state():
         whole.add(loss, number)
         if number < 3:
             part.add(loss, number)
+    part.gather()
     rest.load_state_dict(part.state_dict())
     for number, loss in enumerate(losses[3:]):
         rest.add(loss, number)

@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import ROOT, SMALL_RUN, command
+from support import ROOT, SMALL_RUN, command
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main

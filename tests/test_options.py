@@ -4,7 +4,7 @@ import dataclasses
 import shlex
 
 import pytest
-from conftest import ROOT, command
+from support import ROOT, command
 
 from options import GROUPS, RECIPES, Options, load_recipe, markdown_table, parse_args, validate
 

@@ -1,0 +1,219 @@
+"""Runs of hydra_main.py as jobs of a real Slurm: two nodes with two processes each."""
+
+import json
+import os
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import submitit
+import torch
+from support import ROOT, command
+
+from checkpoint import LAST, load_checkpoint
+
+OPTIONS = {
+    "model": "debiformer_nano",
+    "data_set": "DIGITS",
+    "input_size": 32,
+    "batch_size": 32,
+    "epochs": 2,
+    "warmup_epochs": 1,
+    "lr": 4e-3,
+    "drop_path": 0.1,
+    "model_ema_decay": 0.9,
+    "num_workers": 0,
+    "device": "cpu",
+    "print_freq": 1,
+    "repeated_aug": "false",
+    "dist_eval": "true",
+}
+SMALL_MODEL = {"embed_dims": "16,32,48,64", "depths": "1,1,1,1"}
+
+
+def for_main(folder):
+    argv = [part for name, value in OPTIONS.items() for part in (f"--{name}", str(value))]
+    return [
+        *argv,
+        "--model_kwargs",
+        *(f"{name}={value}" for name, value in SMALL_MODEL.items()),
+        "--output_dir",
+        folder,
+    ]
+
+
+def for_hydra(folder, *more):
+    overrides = [f"{name}={value}" for name, value in OPTIONS.items()]
+    overrides += [f"+model_kwargs.{name}=[{value}]" for name, value in SMALL_MODEL.items()]
+    job = ["+slurm=example", "slurm.nodes=2", "slurm.ngpus=2", "slurm.cpus_per_task=2", "slurm.timeout=2"]
+    return ["hydra_main.py", *overrides, *job, f"output_dir={folder}", *more]
+
+
+def log_of(folder):
+    records = [json.loads(line) for line in (folder / "log.txt").read_text().splitlines()]
+    return [{name: value for name, value in record.items() if name != "seconds"} for record in records]
+
+
+def assert_same_run(one, two):
+    """The same weights bit for bit, and the same log: nothing was trained twice or left out."""
+    first, second = load_checkpoint(one / LAST), load_checkpoint(two / LAST)
+    for key in ("model", "model_ema"):
+        assert first[key].keys() == second[key].keys()
+        for name, value in first[key].items():
+            assert torch.equal(value, second[key][name]), name
+    assert log_of(one) == log_of(two)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(slurm_installed, tmp_path_factory):
+    """The run's folder after four torchrun processes on one host."""
+    folder = tmp_path_factory.mktemp("torchrun")
+    done = command("-m", "torch.distributed.run", "--nproc_per_node=4", "--standalone", "main.py", *for_main(folder))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.fixture
+def submit(cluster, tmp_path, monkeypatch):
+    """submit("slurm.requeues=0"): submits the run, without waiting. Returns its submitit job; folder: tmp_path/run."""
+    for name in ("PATH", "SLURM_CONF"):
+        monkeypatch.setenv(name, cluster.env[name])
+
+    def run(*more):
+        done = command(*for_hydra(tmp_path / "run", *more))
+        assert done.returncode == 0, done.stderr
+        job_id = re.search(r"Submitted job (\d+)", done.stdout)[1]
+        return submitit.SlurmJob(tmp_path / "run", job_id, tasks=[0, 1, 2, 3])
+
+    return run
+
+
+def wait_for_line(job, pattern, timeout=120):
+    """Until the main process has printed a line; its whole output."""
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        text = job.paths.stdout.read_text() if job.paths.stdout.exists() else ""
+        if re.search(pattern, text):
+            return text
+        time.sleep(0.05)
+    raise TimeoutError(f"{pattern!r} was not printed:\n{text}\n{job.paths.stderr.read_text()}")
+
+
+def test_a_job_trains_to_the_same_weights_as_torchrun(cluster, undisturbed, tmp_path):
+    done = command(*for_hydra(tmp_path / "run", "wait=true"), **cluster.env)
+    assert done.returncode == 0, done.stderr
+    for words in (r"Submitted job \d+", rf"follow it: tail -F {tmp_path}/run/\d+_0_log.out", r"Job \d+ is done"):
+        assert re.search(words, done.stdout)
+    assert_same_run(undisturbed, tmp_path / "run")
+
+
+def requeue(cluster, job):
+    cluster.call("scontrol", "requeue", job.job_id)
+
+
+def preempt(cluster, job):
+    job._interrupt(timeout=False)
+
+
+def run_out_of_time(cluster, job):
+    job._interrupt(timeout=True)
+
+
+@pytest.mark.parametrize("disturb", [requeue, preempt, run_out_of_time])
+def test_a_disturbed_job_goes_on_midway_the_epoch(cluster, submit, undisturbed, tmp_path, disturb):
+    job = submit("num_workers=1")  # loading in processes of its own, which get the signals too
+    wait_for_line(job, r"epoch 2/2  update 4/11")
+    disturb(cluster, job)
+    text = wait_for_line(job, r"Continuing from .*checkpoint.pth: epoch \d, image \d+")
+    job.results()
+    epoch, image = map(int, re.search(r"Continuing from .*: epoch (\d), image (\d+)", text).groups())
+    assert (epoch, image > 0) == (2, True)
+    assert cluster.job(int(job.job_id))["Restarts"] == "1"
+    assert_same_run(undisturbed, tmp_path / "run")
+
+
+def test_a_job_preempted_by_another_one_comes_back(cluster, submit, undisturbed, tmp_path):
+    job = submit("slurm.partition=main")
+    wait_for_line(job, r"epoch 1/2  update 6/11")
+    other = cluster.submit("-p", "high", "-N2", "--exclusive", "--wrap", "sleep 1", cwd=tmp_path)
+    cluster.wait_for_state(other, "COMPLETED", timeout=120)
+    job.results()
+    assert_same_run(undisturbed, tmp_path / "run")
+
+
+def test_after_the_last_requeue_the_checkpoint_stands_and_the_log_says_how_to_go_on(submit, undisturbed, tmp_path):
+    job = submit("slurm.requeues=0", "slurm.timeout=0.1")  # so short that submitit takes any signal for a time-out
+    wait_for_line(job, r"epoch 1/2  update 5/11")
+    job._interrupt(timeout=True)
+    with pytest.raises(submitit.core.utils.UncompletedJobError, match="timed-out too many times"):
+        job.results()
+    assert f"output_dir {tmp_path}/run" in job.paths.stderr.read_text()
+    assert load_checkpoint(tmp_path / "run" / LAST)["position"] > 0
+    submit().results()  # the same command
+    assert_same_run(undisturbed, tmp_path / "run")
+
+
+def test_a_dead_process_takes_the_others_down_within_a_minute(cluster, submit):
+    job = submit("epochs=1000")
+    wait_for_line(job, r"epoch 1/1000  update 3/11")
+    victim = next(pid for pid, name in ranks_of(cluster).items() if name == "2")
+    began = time.monotonic()
+
+    os.kill(victim, signal.SIGKILL)
+    assert cluster.wait_for_state(int(job.job_id), "FAILED", timeout=60) == "FAILED"
+    assert time.monotonic() - began < 60
+
+
+def ranks_of(cluster):
+    """Process ids of the running job's main processes, with their ranks."""
+    ranks = {}
+    for pid in cluster.processes():
+        environment = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
+        variables = dict(entry.partition("=")[::2] for entry in environment)
+        command_line = Path(f"/proc/{pid}/cmdline").read_bytes().decode().split("\0")
+        if "submitit.core._submit" in command_line and "SLURM_PROCID" in variables:
+            ranks.setdefault(pid, variables["SLURM_PROCID"])
+    return ranks
+
+
+def test_a_mistake_of_the_user_comes_back_as_one_line(cluster, tmp_path):
+    done = command(*for_hydra(tmp_path / "run", "wait=true", "batch_size=2000"), **cluster.env)
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == [
+        "hydra_main.py: error: 1437 training images do not fill one batch of 8000 "
+        "(batch_size x processes x accum_steps); lower --batch_size"
+    ]
+
+
+def test_slurms_own_words_when_it_refuses(cluster, tmp_path):
+    done = command(*for_hydra(tmp_path / "run", "slurm.partition=moon"), **cluster.env)
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert "invalid partition specified: moon" in line
+
+
+def test_multirun_submits_one_job_per_point(cluster, tmp_path):
+    overrides = [part for part in for_hydra("")[1:] if not part.startswith(("output_dir", "lr", "epochs"))]
+    done = command(ROOT / "hydra_main.py", "-m", *overrides, "epochs=1", "lr=1e-4,5e-4", cwd=tmp_path, **cluster.env)
+    assert done.returncode == 0, done.stderr
+    jobs = re.findall(r"Submitted job (\d+)", done.stdout)
+    assert len(jobs) == 2
+    for job in jobs:
+        assert cluster.wait_for_state(int(job), "COMPLETED", timeout=120) == "COMPLETED"
+    folders = [path.parent for path in tmp_path.glob("outputs/cls/*/*/log.txt")]
+    assert sorted(re.search(r"-lr\.([^-]+e-4)-", str(folder))[1] for folder in folders) == ["1e-4", "5e-4"]
+    assert [len(log_of(folder)) for folder in folders] == [1, 1]
+
+
+def test_plain_srun_finds_the_others(cluster, undisturbed, tmp_path):
+
+    cluster.call(
+        *("srun", "-N2", "--ntasks-per-node=2", "--cpus-per-task=2", sys.executable, "main.py"),
+        *map(str, for_main(tmp_path / "run")),
+        cwd=ROOT,
+        timeout=200,
+    )
+    assert_same_run(undisturbed, tmp_path / "run")
