@@ -184,6 +184,7 @@ def train_epochs(
             for name, candidate in {"test": state.model, "test_ema": state.model_ema}.items():
                 if candidate is None:
                     continue
+                utils.share_buffers(candidate, processes)
                 metrics = evaluate(candidate, data.val, stepper.precision, processes, data.dist_eval)
                 report(metrics, processes, "averaged weights: " if name == "test_ema" else "")
                 record |= {f"{name}_{figure}": metrics[figure] for figure in ("acc1", "acc5", "loss")}

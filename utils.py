@@ -15,7 +15,7 @@ from types import FrameType
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from errors import UsageError
 
@@ -119,6 +119,13 @@ def all_reduce_sum(values: Tensor, processes: Processes) -> Tensor:
     if processes.distributed:
         dist.all_reduce(values)
     return values
+
+
+def share_buffers(module: nn.Module, processes: Processes) -> None:
+    """Give all processes the main one's buffers (running means of BatchNorm), which each keeps up by itself."""
+    if processes.distributed:
+        for buffer in module.buffers():
+            dist.broadcast(buffer, src=0)
 
 
 def unite_seeds(*parts: int) -> int:

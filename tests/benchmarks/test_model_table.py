@@ -3,6 +3,7 @@
 import pytest
 import timm
 import torch
+from support import ROOT
 
 from benchmarks.model_table import PUBLISHED, count_macs, count_parameters, model_table
 from models import MODEL_NAMES
@@ -43,6 +44,10 @@ def test_published_figures_stand_beside_the_counts(rows):
     assert [top1[f"biformer_{size}"] for size in ("tiny", "small", "base")] == ["81.4", "83.8", "84.3"]
     assert rows["debiformer_base"]["published params (M)"] == "77"
     assert rows["debiformer_base"]["published MACs (G)"] == "11.8"
+
+
+def test_the_readme_shows_the_table():
+    assert model_table() in (ROOT / "README.md").read_text()
 
 
 def test_macs_of_a_known_convolution():

@@ -1,0 +1,100 @@
+"""Hydra's side of a run: names, profiles, refusals. Jobs on a real Slurm are in slurm/test_hydra_jobs.py."""
+
+import re
+from dataclasses import fields
+from itertools import pairwise
+
+import pytest
+import yaml
+from support import ROOT, SMALL_RUN, command
+
+from hydra_main import LONGEST_NAME, run_dir, run_name
+from options import SlurmOptions
+
+PUBLISHED = [
+    *("data_path=./data/in1k", "input_size=224", "batch_size=128", "dist_eval=true", "+slurm=mine", "slurm.nodes=1"),
+    *("slurm.ngpus=8", "model=biformer_small", "drop_path=0.15", "lr=5e-4"),
+]
+
+
+def test_runs_are_named_by_what_was_given():
+    name = "batch_size.128-drop_path.0.15-input_size.224-lr.5e-4-model.biformer_small-slurm.ngpus.8-slurm.nodes.1"
+    assert run_name(PUBLISHED) == name
+    assert run_name(PUBLISHED[::-1]) == name
+    assert run_dir("", PUBLISHED, "20230307-21:33:26") == f"outputs/cls/{name}/20230307-21:33:26"
+
+
+def test_an_output_folder_that_is_given_is_used():
+    assert run_dir("runs/mine", PUBLISHED, "20230307-21:33:26") == "runs/mine"
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [["finetune=weights/tiny.pth"], [f"comment={'x' * 300}"], ["finetune=" + "ü/" * 200], ["data_set=hfds/a/b"]],
+)
+def test_names_fit_a_folder_and_stay_different(overrides):
+    name = run_name(overrides)
+    assert "/" not in name
+    assert len(name.encode()) <= LONGEST_NAME
+    similar = [overrides[0] + "y", overrides[0].replace("/", "_") + "y"]
+    assert name not in map(run_name, [[override] for override in similar])
+
+
+def test_nothing_given_still_has_a_name():
+    assert run_name([]) == "default"
+
+
+def test_the_example_profile_documents_every_key_and_its_default():
+    text = (ROOT / "configs" / "slurm" / "example.yaml").read_text()
+    defaults = SlurmOptions()
+    assert yaml.safe_load(text) == {spec.name: getattr(defaults, spec.name) for spec in fields(SlurmOptions)}
+    for spec in fields(SlurmOptions):
+        assert re.search(rf"^{spec.name}: .+  # .+", text, re.M), spec.name
+
+
+def hydra_overrides(images, folder):
+    """SMALL_RUN as Hydra spells it."""
+    plain = [*SMALL_RUN, "--data_path", str(images), "--output_dir", str(folder)]
+    overrides = ["repeated_aug=false", "+model_kwargs.embed_dims=[16,32,48,64]", "+model_kwargs.depths=[1,1,1,1]"]
+    pairs = pairwise(plain)
+    skipped = ("--model_kwargs", "--no_repeated_aug")
+    return overrides + [f"{name[2:]}={value}" for name, value in pairs if name.startswith("--") and name not in skipped]
+
+
+def test_the_same_command_runs_here_and_in_local_processes(shared_images, tmp_path):
+    for launch in ([], ["+slurm=local", "slurm.ngpus=2", "wait=true", "dist_eval=true"]):
+        folder = tmp_path / str(len(launch))
+        done = command("hydra_main.py", *hydra_overrides(shared_images, folder), "epochs=1", *launch)
+        assert done.returncode == 0, done.stderr
+        assert (folder / "checkpoint.pth").exists()
+        assert (folder / "hydra" / "overrides.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["epochz=3"], ["unknown option epochz", "epochs"]),
+        (["+foo=3"], ["unknown option foo"]),
+        (["epochs=many"], ["epochs=many"]),
+        (["+slurm=nowhere"], ["no slurm 'nowhere'", "example, local"]),
+        (["+slurm=local", "slurm.ngpus=0"], ["slurm.ngpus must be at least 1"]),
+        (["+slurm=local", "slurm.partitionn=a"], ["did you mean partition"]),
+        (["+slurm=local", "slurm.nodes=2"], ["one machine only"]),
+        (["+slurm=example", "slurm.ddp_comm_mode=file"], ["slurm.share_root"]),
+        (["+recipe=huge"], ["no recipe 'huge'", "debiformer_small"]),
+        (["amp=fp8"], ["--amp"]),
+        (["output_dir=/proc/run"], ["cannot write to /proc/run"]),
+    ],
+)
+def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, overrides, words):
+    done = command(ROOT / "hydra_main.py", "model=debiformer_nano", *overrides, cwd=tmp_path)
+    assert done.returncode == 2, done.stderr
+    (line,) = done.stderr.strip().splitlines()
+    for word in ("hydra_main.py: error: ", *words):
+        assert word in line
+
+
+def test_without_slurm_installed_the_remedy_is_named(tmp_path):
+    done = command(ROOT / "hydra_main.py", "model=debiformer_nano", "+slurm=example", cwd=tmp_path, PATH="/nowhere")
+    assert done.returncode == 2
+    assert "use +slurm=local" in done.stderr
