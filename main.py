@@ -43,12 +43,12 @@ AMP_DTYPES = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def run(options: Options) -> dict[str, Any]:
     """One run from start to end, on every process. Returns the figures of its last evaluation."""
+    if options.load_release:
+        raise UsageError("no released weights are configured yet; pass a checkpoint: --resume or --finetune FILE")
     processes = utils.find_processes()
     device = utils.choose_device(options.device, processes)
     torch.backends.cudnn.benchmark = True
     with utils.process_group(processes, device, options.dist_url, COLLECTIVE_TIMEOUT):
-        if options.load_release:
-            raise UsageError("no released weights are configured yet; pass a checkpoint: --resume or --finetune FILE")
         return (evaluate_only if options.eval else train)(options, processes, device)
 
 
@@ -83,7 +83,8 @@ def train(options: Options, processes: Processes, device: torch.device) -> dict[
     model.to(device, memory_format=torch.channels_last)
     ema = None
     if options.model_ema:
-        ema = ModelEmaV3(model, options.model_ema_decay, device="cpu" if options.model_ema_force_cpu else None)
+        ema_device = torch.device("cpu") if options.model_ema_force_cpu else None
+        ema = ModelEmaV3(model, options.model_ema_decay, device=ema_device)
     if options.compile:
         model.compile()
 
@@ -184,8 +185,11 @@ def train_epochs(
             for name, candidate in {"test": state.model, "test_ema": state.model_ema}.items():
                 if candidate is None:
                     continue
+                home = next(candidate.parameters()).device  # the average may live in host memory
+                candidate.to(stepper.precision.device)
                 utils.share_buffers(candidate, processes)
                 metrics = evaluate(candidate, data.val, stepper.precision, processes, data.dist_eval)
+                candidate.to(home)
                 report(metrics, processes, "averaged weights: " if name == "test_ema" else "")
                 record |= {f"{name}_{figure}": metrics[figure] for figure in ("acc1", "acc5", "loss")}
                 if metrics["acc1"] > state.best["acc1"]:

@@ -5,6 +5,7 @@ epoch and no point appears twice.
 """
 
 import json
+import math
 import os
 import sys
 import time
@@ -20,6 +21,8 @@ from utils import format_seconds, peak_memory
 POINTS_PER_EPOCH = 1000
 """TensorBoard's step for an epoch of training scalars, so that curves of different batch sizes line up."""
 
+SECONDS_BETWEEN_DRAWINGS = 60.0
+
 
 class RunLog:
     """Writes to `folder` (None: nowhere, on processes that only train along).
@@ -32,6 +35,7 @@ class RunLog:
         self.epochs: list[dict[str, Any]] = []
         self.points: list[tuple[str, float, int]] = []
         self._writer = None
+        self._drawn_at = -math.inf
 
     def state_dict(self) -> dict[str, Any]:
         return {"epochs": list(self.epochs), "points": list(self.points)}
@@ -64,6 +68,8 @@ class RunLog:
         if self._writer is not None:
             self._writer.flush()
             self._write_text()
+            if time.monotonic() - self._drawn_at > SECONDS_BETWEEN_DRAWINGS:
+                self.draw_curves()
 
     def close(self) -> None:
         if self._writer is not None:
@@ -109,6 +115,7 @@ class RunLog:
             axes.grid(alpha=0.3)
             axes.legend()
         figure.savefig(self.folder / "curves.png", dpi=120)
+        self._drawn_at = time.monotonic()
 
 
 class Progress:

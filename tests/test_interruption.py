@@ -1,0 +1,55 @@
+"""Trainings that are killed, and trainings that go on among another number of processes."""
+
+import signal
+import subprocess
+import sys
+
+import kill_often
+import pytest
+from support import ROOT, SMALL_RUN, command
+
+from checkpoint import LAST, load_checkpoint
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_a_training_ends_with_the_same_weights(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    kill_often.train(whole, epochs=4)
+    places = kill_often.train_with_kills(killed, epochs=4, kills=4, seed=0)
+    assert len(set(places)) > 1  # it got on in between
+    assert kill_often.same_weights(whole, killed)
+
+
+def recorded(path):
+    return sorted(tuple(map(int, line.split())) for line in path.read_text().splitlines())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (4, 2)])
+def test_another_number_of_processes_goes_on_at_the_same_image(shared_images, tmp_path, before, after):
+    """With the same total batch, no image of the epoch is left out or seen twice."""
+
+    def launch(processes, file, folder, epochs=2):
+        torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
+        run = [*SMALL_RUN, "--batch_size", 8 // processes, "--epochs", epochs, "--print_freq", 1]
+        return [*torchrun, "tests/record_images.py", file, *run, "--data_path", shared_images, "--output_dir", folder]
+
+    done = command(*launch(1, tmp_path / "whole.txt", tmp_path / "whole"))
+    assert done.returncode == 0, done.stderr
+
+    arguments = map(str, launch(before, tmp_path / "first.txt", tmp_path / "run", epochs=1000))
+    process = subprocess.Popen(
+        [sys.executable, *arguments], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("epoch 1/1000  update 2/6"):
+            break
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    stopped = load_checkpoint(tmp_path / "run" / LAST)
+    assert (stopped["epoch"], 0 < stopped["position"] < 48) == (0, True)
+
+    done = command(*launch(after, tmp_path / "rest.txt", tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    trained = [key for key in recorded(tmp_path / "first.txt") if key[:2] < (0, stopped["position"])]
+    assert trained + recorded(tmp_path / "rest.txt") == recorded(tmp_path / "whole.txt")
