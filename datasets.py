@@ -340,6 +340,7 @@ class Data:
     """What a run needs to know of its data. train: None when only evaluating; images are (B, 3, S, S) float32.
 
     updates: optimizer updates per epoch; total_batch: images per update over all processes.
+    dist_eval: each process evaluates its own share; val_batches: batches that every process has at least.
     """
 
     train: DataLoader | None
@@ -349,6 +350,7 @@ class Data:
     updates: int
     total_batch: int
     dist_eval: bool
+    val_batches: int
 
     @property
     def epoch_images(self) -> int:
@@ -399,6 +401,7 @@ def build_data(options: Options, processes: Processes, device: torch.device) -> 
 
     dist_eval = options.dist_eval and processes.distributed
     eval_batch = int(1.5 * options.batch_size)
+    val_batches = 0  # unknown
     if isinstance(val_source, IterableDataset):
         val_source.transform = eval_transform(options)
         val_source.set_loader_cfg(num_workers=workers)
@@ -407,7 +410,9 @@ def build_data(options: Options, processes: Processes, device: torch.device) -> 
         sampler = EvalSampler(len(val_source), processes, split=dist_eval)
         dataset = Transformed(val_source, eval_transform(options), options.seed)
         val = DataLoader(dataset, batch_sampler=BatchSampler(sampler, eval_batch, drop_last=False), **common)
-    return Data(train, val, num_classes, classes, updates, total_batch, dist_eval)
+        smallest_share = len(val_source) // (processes.world_size if dist_eval else 1)
+        val_batches = -(-smallest_share // eval_batch)
+    return Data(train, val, num_classes, classes, updates, total_batch, dist_eval, val_batches)
 
 
 def ignore_stop_signals(worker: int) -> None:

@@ -177,16 +177,18 @@ def evaluate(
     precision: Precision,
     processes: Processes = Processes(),  # noqa: B008 (frozen)
     split: bool = False,
+    after_batch: Callable[[int], None] = lambda number: None,
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy in percent, mean cross-entropy, and the number of images.
 
     batches: (images (B, 3, S, S), classes (B,)). split: each process has its own share of the images, and the
     sums over all of them count. Losses are summed in float64, so the split does not show.
+    after_batch(number): called after each batch, from 0; may raise to end the evaluation.
     """
     model.eval()
     device = precision.device
     sums = torch.zeros(4, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-    for images, targets in batches:
+    for number, (images, targets) in enumerate(batches):
         images, targets = to_device(images, targets, device)
         with precision.autocast():
             logits = model(images)
@@ -194,6 +196,7 @@ def evaluate(
         losses = F.cross_entropy(logits, targets, reduction="none").to(sums.dtype)
         ranked = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
         sums += torch.stack([ranked[:, 0].sum(), ranked.any(1).sum(), losses.sum(), losses.new_tensor(len(targets))])
+        after_batch(number)
     if split:
         all_reduce_sum(sums, processes)
     correct1, correct5, loss, images = sums.tolist()

@@ -87,8 +87,11 @@ class Job:
         may be the first half of that, or Slurm's own requeue or cancellation: staying until the end leaves the choice
         to Slurm, whereas a job that exits by itself is taken for finished and not requeued.
         """
-        if submitit.JobEnvironment().name() != "slurm":
+        job = submitit.JobEnvironment()
+        if job.name() != "slurm":
             raise stopped
+        if job.global_rank != 0:
+            sys.exit(0)  # any other code would end the main process, which still has to requeue
         if signal.SIGUSR2 in stopped.signals:
             try:
                 signal.raise_signal(signal.SIGUSR2)

@@ -153,6 +153,27 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(small_options, monkeyp
     assert points_of(one) == points_of(two)
 
 
+def test_a_run_stopped_while_it_evaluates_goes_on_there(small_options, monkeypatch):
+    whole = small_options()
+    whole.output_dir += "-whole"
+    main.run(whole)
+    stopped, evaluate = small_options(), main.evaluate
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(main, "evaluate", interrupted)
+        with pytest.raises(Stopped):
+            main.run(stopped)
+    assert weights(main.Path(stopped.output_dir), key="position") == 48
+    main.run(stopped)
+    one, two = main.Path(whole.output_dir), main.Path(stopped.output_dir)
+    assert_same_weights(weights(one), weights(two))
+    assert log_of(one) == log_of(two)
+
+
 def test_resuming_after_an_epoch_equals_not_stopping(run_small, small_options):
     whole = small_options("--epochs", "3", "--warmup_epochs", "0", "--sched", "constant")
     whole.output_dir += "-whole"
