@@ -137,6 +137,8 @@ def check_launch(slurm: SlurmOptions) -> None:
 
 def submit(options: Options, slurm: SlurmOptions) -> submitit.Job:
     """Submit the run. UsageError with Slurm's own words if it refuses."""
+    # The job starts in the folder it was submitted from, which need not be the project's.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CONFIGS.parent), os.environ.get("PYTHONPATH")]))
     folder = slurm.job_dir or options.output_dir
     executor = submitit.AutoExecutor(folder, cluster=slurm.executor, slurm_max_num_timeout=slurm.requeues)
     executor.update_parameters(
@@ -168,8 +170,8 @@ def submit(options: Options, slurm: SlurmOptions) -> submitit.Job:
         with redirect_stderr(io.StringIO()):  # submitit prints what it raises
             return executor.submit(Job(options, slurm))
     except (FailedSubmissionError, FailedJobError, OSError) as error:
-        reason = [line for line in str(error).splitlines() if "error" in line.lower()] or str(error).splitlines()
-        raise UsageError(f"Slurm refused the job: {reason[-1].strip()}") from error
+        words = "; ".join(line.removeprefix("sbatch: ").strip() for line in str(error).splitlines())
+        raise UsageError(f"Slurm refused the job: {words}") from error
 
 
 def wait_for(job: submitit.Job) -> None:

@@ -86,7 +86,7 @@ def train(options: Options, processes: Processes, device: torch.device) -> dict[
         ema_device = torch.device("cpu") if options.model_ema_force_cpu else None
         ema = ModelEmaV3(model, options.model_ema_decay, device=ema_device)
     if options.compile:
-        model.compile()
+        model.compile(dynamic=False)  # training and evaluation have few, fixed shapes
 
     optimizer = build_optimizer(model, options, data.total_batch)
     precision = precision_of(options, device)

@@ -237,8 +237,14 @@ def test_distillation_from_a_teacher(small_options, tmp_path, kind):
     assert taught != untaught
 
 
-@pytest.mark.slow
-def test_compiled_training_agrees(small_options):
+def test_compiled_training_agrees(small_options, monkeypatch):
+    compile = torch.nn.Module.compile
+
+    def without_code_generation(self, **kwargs):  # which takes minutes; models/test_execution.py goes through with it
+        compile(self, backend="aot_eager", fullgraph=True, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", without_code_generation)
+    torch._dynamo.reset()  # what other tests compiled
     folders = []
     for switch in ("--no_compile", "--compile"):
         options = small_options(switch, "--epochs", "1")
