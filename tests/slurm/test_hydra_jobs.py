@@ -205,7 +205,7 @@ def test_multirun_submits_one_job_per_point(cluster, tmp_path):
     for job in jobs:
         assert cluster.wait_for_state(int(job), "COMPLETED", timeout=120) == "COMPLETED"
     folders = [path.parent for path in tmp_path.glob("outputs/cls/*/*/log.txt")]
-    assert sorted(re.search(r"-lr\.([^-]+e-4)-", str(folder))[1] for folder in folders) == ["1e-4", "5e-4"]
+    assert sorted(float(re.search(r"-lr\.(.+?)-model", str(folder))[1]) for folder in folders) == [1e-4, 5e-4]
     assert [len(log_of(folder)) for folder in folders] == [1, 1]
 
 
