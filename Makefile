@@ -1,8 +1,9 @@
-# make quickstart: install, then train a small DeBiFormer on real images. make test: install, then all tests.
-# make lint, make table: see below. PYTHON=python3.12 chooses the Python that .venv is made with.
+# make quickstart: install, then train a small DeBiFormer on real images. make test: install, then the tests.
+# make test MARKS= runs those marked slow, too; ARGS="-k routed" chooses. PYTHON=python3.12 chooses .venv's Python.
 
 PYTHON ?= python3
 VENV := .venv
+MARKS ?= not slow
 RUN := $(VENV)/bin/python
 
 .PHONY: quickstart test lint docs clean
@@ -11,7 +12,7 @@ quickstart: $(VENV)/installed
 	$(RUN) main.py
 
 test: $(VENV)/installed-dev lint
-	$(RUN) -m pytest -n auto --dist loadgroup $(ARGS)
+	$(RUN) -m pytest -n auto --dist loadgroup -m '$(MARKS)' $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
