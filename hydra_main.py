@@ -15,7 +15,6 @@ import sys
 import time
 from contextlib import redirect_stderr
 from dataclasses import dataclass, fields
-from difflib import get_close_matches
 from hashlib import sha1
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError, UncompletedJobError
 
 from errors import Stopped, UsageError, exit_on_error
-from options import DEFAULT_RECIPE, Options, SlurmOptions, check_ranges, option, validate
+from options import DEFAULT_RECIPE, Options, SlurmOptions, check_ranges, closest_option, option, validate
 from utils import port_of_job
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -246,9 +245,8 @@ def in_one_line(error: Exception) -> str:
 
 
 def unknown_option(name: str) -> str:
-    known = [spec.name for kind in (LaunchOptions, SlurmOptions) for spec in fields(kind)]
-    close = get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"unknown option {name}" + (f"; did you mean {close[0]}?" if close else "; see docs/OPTIONS.md")
+    close = closest_option(name, LaunchOptions, SlurmOptions)
+    return f"unknown option {name}" + (f"; did you mean {close}?" if close else "; see docs/OPTIONS.md")
 
 
 if __name__ == "__main__":

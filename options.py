@@ -437,13 +437,18 @@ def _with_underscores(arg: str) -> str:
     return "--" + name[2:].replace("-", "_") + separator + value
 
 
+def closest_option(name: str, *kinds: type) -> str | None:
+    """The option of these dataclasses whose name is most like `name`; None if none is like it."""
+    known = [spec.name for kind in kinds for spec in fields(kind)]
+    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.5)), None)
+
+
 def _unknown_option(arg: str) -> str:
     name = arg.partition("=")[0].removeprefix("--")
-    known = [spec.name for spec in fields(Options)]
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    close = closest_option(name, Options)
     if not arg.startswith("--"):
         return f"unexpected argument {arg!r}; options start with --, see --help"
-    return f"unknown option --{name}" + (f"; did you mean --{close[0]}?" if close else "; see --help")
+    return f"unknown option --{name}" + (f"; did you mean --{close}?" if close else "; see --help")
 
 
 if __name__ == "__main__":
