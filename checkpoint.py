@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from errors import UsageError
+from errors import UsageError, listed
 from models.backbone import Backbone, checkpoint_filter_fn
 
 LAST, PREVIOUS, BEST = "checkpoint.pth", "checkpoint.previous.pth", "best.pth"
@@ -58,22 +58,22 @@ class TrainingState:
         """Go on where a checkpoint stands. UsageError if it is of another model, or of other data midway an epoch."""
         missing = {f.name for f in fields(self)} - {"model_ema"} - checkpoint.keys()
         if missing:
-            raise UsageError(f"{path} holds no state of a training run (no {_some(missing)}); use --finetune {path}")
+            raise UsageError(f"{path} holds no state of a training run (no {listed(missing)}); use --finetune {path}")
         theirs = checkpoint["args"].get("model")
         if theirs != self.args["model"]:
             raise UsageError(f"{path} is of {theirs}, not of {self.args['model']}; choose another --output_dir")
         changed = [name for name, value in self.data.items() if checkpoint["data"].get(name) != value]
         if changed and checkpoint["position"]:
-            listed = ", ".join(f"{name} was {checkpoint['data'].get(name)}, is {self.data[name]}" for name in changed)
-            raise UsageError(f"{path} stands midway an epoch whose order of images would change: {listed}")
-        load_weights(self.model, weights_of(checkpoint, path), path)
-        if self.model_ema is not None:
-            load_weights(self.model_ema, weights_of(checkpoint, path, ema="model_ema" in checkpoint), path)
+            changes = ", ".join(f"{name} was {checkpoint['data'].get(name)}, is {self.data[name]}" for name in changed)
+            raise UsageError(f"{path} stands midway an epoch whose order of images would change: {changes}")
         # The optimizer's memory is the checkpoint's; its rates and decays are this run's options'.
         groups = self.optimizer.state_dict()["param_groups"]
         saved = checkpoint["optimizer"]
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved["param_groups"]]:
             raise UsageError(f"{path}: its optimizer groups the parameters otherwise; use its --opt and --layer_decay")
+        load_weights(self.model, weights_of(checkpoint, path), path)
+        if self.model_ema is not None:
+            load_weights(self.model_ema, weights_of(checkpoint, path, ema="model_ema" in checkpoint), path)
         self.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
         for name in ("scaler", "meter", "history"):
             getattr(self, name).load_state_dict(checkpoint[name])
@@ -180,7 +180,7 @@ def weights_of(checkpoint: dict[str, Any], path: str | Path, ema: bool = False) 
             return _without_prefix(checkpoint[key])
     if checkpoint and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
         return _without_prefix(checkpoint)
-    raise UsageError(f"{path} holds no weights: expected a key 'model' or 'state_dict', found {_some(checkpoint)}")
+    raise UsageError(f"{path} holds no weights: expected a key 'model' or 'state_dict', found {listed(checkpoint)}")
 
 
 def _without_prefix(weights: dict[str, Any]) -> dict[str, Any]:
@@ -195,9 +195,9 @@ def load_weights(model: nn.Module, weights: dict[str, Any], path: str | Path) ->
     shapes = [name for name in wanted.keys() & weights.keys() if wanted[name].shape != weights[name].shape]
     problems = []
     if missing:
-        problems.append(f"lacks {_some(missing)}")
+        problems.append(f"lacks {listed(missing)}")
     if unknown:
-        problems.append(f"has {_some(unknown)} besides")
+        problems.append(f"has {listed(unknown)} besides")
     if shapes:
         name = min(shapes)
         problems.append(f"has {name} {list(weights[name].shape)} where the model has {list(wanted[name].shape)}")
@@ -224,9 +224,3 @@ def load_to_finetune(model: nn.Module, weights: dict[str, Any], path: str | Path
     kept = {name: value for name, value in weights.items() if not name.startswith(f"{classifier}.") or name in wanted}
     load_weights(model, kept | {name: wanted[name] for name in fresh}, path)
     return fresh
-
-
-def _some(names: Any) -> str:
-    """The first three names and how many more there are."""
-    shown = sorted(map(str, names))
-    return ", ".join(shown[:3]) + (f" and {len(shown) - 3} more" if len(shown) > 3 else "")

@@ -24,7 +24,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset,
 from torchvision import datasets as vision
 from torchvision import transforms
 
-from errors import UsageError
+from errors import UsageError, listed
 from options import Options
 from utils import Processes, Requests, seeded, unite_seeds
 
@@ -54,11 +54,16 @@ class ImageFiles(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         path, target = self.samples[index]
-        with Image.open(path) as image:
-            return image.convert("RGB"), target
+        return open_rgb(path), target
 
     def name_of(self, index: int) -> str:
         return self.samples[index][0]
+
+
+def open_rgb(file: Any) -> Image.Image:
+    """The image in a file (a path or an open file) as RGB, whatever its mode."""
+    with Image.open(file) as image:
+        return image.convert("RGB")
 
 
 class Digits(Dataset):
@@ -100,8 +105,7 @@ class ReaderImages(Dataset):
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         file, target, *_ = self.reader[index]
-        with Image.open(file) as image:
-            return image.convert("RGB"), target
+        return open_rgb(file), target
 
     def name_of(self, index: int) -> str:
         return self.reader.filename(index)
@@ -137,8 +141,7 @@ def check_same_classes(root: str, train: Dataset, val: Dataset) -> tuple[Dataset
     if train.classes != val.classes:
         only = [f"{name} (only in train)" for name in sorted(set(train.classes) - set(val.classes))]
         only += [f"{name} (only in val)" for name in sorted(set(val.classes) - set(train.classes))]
-        more = f" and {len(only) - 3} more" if len(only) > 3 else ""
-        raise UsageError(f"{root}: train and val hold different classes: {', '.join(only[:3])}{more}")
+        raise UsageError(f"{root}: train and val hold different classes: {listed(only)}")
     return train, val
 
 
@@ -148,21 +151,26 @@ def _has_images(folder: Path) -> bool:
 
 def inaturalist(root: str, year: int, category: str) -> tuple[ImageFiles, ImageFiles]:
     """iNaturalist 2018 or 2019 as published: trainYEAR.json, valYEAR.json, categories.json and the image folders."""
-    categories = {entry["id"]: entry for entry in _read_json(Path(root, "categories.json"))}
-    missing = [entry["id"] for entry in categories.values() if category not in entry]
-    if missing:
-        raise UsageError(f"{root}/categories.json: category {missing[0]} has no {category!r}; choose --inat_category")
-    classes = sorted({entry[category] for entry in categories.values()})
-    number = {name: i for i, name in enumerate(classes)}
-    parts = []
-    for split in ("train", "val"):
-        content = _read_json(Path(root, f"{split}{year}.json"))
-        files = {image["id"]: image["file_name"] for image in content["images"]}
-        samples = [
-            (os.path.join(root, files[entry["image_id"]]), number[categories[entry["category_id"]][category]])
-            for entry in content["annotations"]
-        ]
-        parts.append(ImageFiles(samples, classes))
+    try:
+        categories = {entry["id"]: entry for entry in _read_json(Path(root, "categories.json"))}
+        missing = [entry["id"] for entry in categories.values() if category not in entry]
+        if missing:
+            raise UsageError(
+                f"{root}/categories.json: category {missing[0]} has no {category!r}; choose --inat_category"
+            )
+        classes = sorted({entry[category] for entry in categories.values()})
+        number = {name: i for i, name in enumerate(classes)}
+        parts = []
+        for split in ("train", "val"):
+            content = _read_json(Path(root, f"{split}{year}.json"))
+            files = {image["id"]: image["file_name"] for image in content["images"]}
+            samples = [
+                (os.path.join(root, files[entry["image_id"]]), number[categories[entry["category_id"]][category]])
+                for entry in content["annotations"]
+            ]
+            parts.append(ImageFiles(samples, classes))
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"{root}: the annotations are incomplete, they lack {error}; unpack them anew") from error
     return parts[0], parts[1]
 
 

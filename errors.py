@@ -1,8 +1,9 @@
 """Ends of a run that need no traceback: one line and an exit code."""
 
+import difflib
 import signal
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 
 
 class UsageError(ValueError):
@@ -39,3 +40,15 @@ def exit_on_error(program: str, main: Callable[[], object]) -> None:
     except tuple(EXIT_CODES) as error:
         print(f"{program}: {'' if isinstance(error, Stopped) else 'error: '}{error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_CODES[type(error)])
+
+
+def listed(names: Iterable[object], most: int = 3) -> str:
+    """The first names, sorted, and how many more there are."""
+    names = sorted(map(str, names))
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str, mark: str = "") -> str:
+    """'did you mean MARKx?' with the known name most like `name`; `otherwise` if none is like it."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean {mark}{close[0]}?" if close else otherwise

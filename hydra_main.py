@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from contextlib import redirect_stderr
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from hashlib import sha1
 from pathlib import Path
 
@@ -27,8 +27,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError, UncompletedJobError
 
-from errors import Stopped, UsageError, exit_on_error
-from options import DEFAULT_RECIPE, Options, SlurmOptions, check_ranges, closest_option, option, validate
+from errors import Stopped, UsageError, did_you_mean, exit_on_error
+from options import DEFAULT_RECIPE, Options, SlurmOptions, check_ranges, names_of, option, validate
 from utils import port_of_job
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -188,12 +188,12 @@ def wait_for(job: submitit.Job) -> None:
 
 def launch(config: DictConfig) -> None:
     """Run here, or submit."""
-    unknown = set(config) - {spec.name for spec in fields(LaunchOptions)}
+    unknown = set(config) - set(names_of(LaunchOptions))
     if unknown:
         raise UsageError(unknown_option(min(unknown)))
     options: LaunchOptions = OmegaConf.to_object(config)
     slurm, hydra_config = options.slurm, HydraConfig.get()
-    run = Options(**{spec.name: getattr(options, spec.name) for spec in fields(Options)})
+    run = Options(**{name: getattr(options, name) for name in names_of(Options)})
     run.recipe = hydra_config.runtime.choices.get("recipe") or ""
     run.output_dir = str(Path(hydra_config.runtime.output_dir).resolve())
     validate(run)
@@ -245,8 +245,7 @@ def in_one_line(error: Exception) -> str:
 
 
 def unknown_option(name: str) -> str:
-    close = closest_option(name, LaunchOptions, SlurmOptions)
-    return f"unknown option {name}" + (f"; did you mean {close}?" if close else "; see docs/OPTIONS.md")
+    return f"unknown option {name}; {did_you_mean(name, names_of(LaunchOptions, SlurmOptions), 'see docs/OPTIONS.md')}"
 
 
 if __name__ == "__main__":

@@ -3,13 +3,11 @@
 import tempfile
 import time
 from datetime import datetime, timedelta
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
-import yaml
 from timm.data import Mixup
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
@@ -31,11 +29,11 @@ from checkpoint import (
 )
 from datasets import Data, build_data
 from engine import LossMeter, Precision, Stepper, evaluate, train_one_epoch
-from errors import Stopped, UsageError, exit_on_error
+from errors import Stopped, UsageError, did_you_mean, exit_on_error
 from optim_factory import build_loss, build_optimizer, build_scheduler
-from options import RECIPES, Options, mixing, parse_args, to_plain
-from run_log import Progress, RunLog
-from utils import Processes, Request, Requests, format_seconds
+from options import Options, mixing, parse_args, to_plain
+from run_log import Progress, RunLog, describe, report, summarise, write_options
+from utils import Processes, Request, Requests
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 AMP_DTYPES = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -204,7 +202,7 @@ def train_epochs(
                     state.best = {**metrics, "epoch": epoch, "weights": name.replace("test", "model")}
                     if processes.is_main:
                         save_checkpoint(build_checkpoint(state, weights_only=candidate), folder / BEST)
-            record["n_parameters"] = sum(parameter.numel() for parameter in state.model.parameters())
+            record["n_parameters"] = utils.count_parameters(state.model)
             record["seconds"] = round(time.monotonic() - started, 2)
             state.history.end_epoch(record)
             save(epoch + 1, 0)
@@ -244,10 +242,8 @@ def checkpoint_to_resume(options: Options, folder: Path) -> tuple[dict[str, Any]
 def build_model(options: Options, num_classes: int) -> nn.Module:
     """The model of --model with the options' regularisation. UsageError if timm or the model refuses."""
     if not timm.is_model(options.model):
-        close = get_close_matches(options.model, timm.list_models(), n=3)
-        raise UsageError(
-            f"unknown --model {options.model!r}; did you mean {' or '.join(close) or models.MODEL_NAMES[0]}?"
-        )
+        remedy = did_you_mean(options.model, timm.list_models(), f"try {models.MODEL_NAMES[0]}")
+        raise UsageError(f"unknown --model {options.model!r}; {remedy}")
     cfg = timm.get_pretrained_cfg(options.model, allow_unregistered=True)
     ours = timm.models.is_model_in_modules(options.model, ("debiformer", "biformer"))
     sized = ours or bool(cfg and cfg.fixed_input_size)
@@ -291,7 +287,8 @@ def build_teacher(options: Options, num_classes: int, device: torch.device) -> n
     if options.distillation_type == "none":
         return None
     if not timm.is_model(options.teacher_model):
-        raise UsageError(f"unknown --teacher_model {options.teacher_model!r}")
+        remedy = did_you_mean(options.teacher_model, timm.list_models(), "it has to be one of timm's")
+        raise UsageError(f"unknown --teacher_model {options.teacher_model!r}; {remedy}")
     teacher = timm.create_model(options.teacher_model, pretrained=not options.teacher_path, num_classes=num_classes)
     if options.teacher_path:
         load_weights(
@@ -320,53 +317,6 @@ def precision_of(options: Options, device: torch.device) -> Precision:
     """The number format of --amp; the published scripts always used fp16, on GPUs."""
     amp = options.amp if options.amp != "auto" else "fp16" if device.type == "cuda" else "none"
     return Precision(device, AMP_DTYPES[amp])
-
-
-# -- what a run says -----------------------------------------------------------------------------------------------
-
-
-def report(metrics: dict[str, Any], processes: Processes, prefix: str = "") -> None:
-    """The published scripts' two lines."""
-    if processes.is_main:
-        print(f"{prefix}* Acc@1 {metrics['acc1']:.3f} Acc@5 {metrics['acc5']:.3f} loss {metrics['loss']:.3f}")
-        images, accuracy = metrics["images"], metrics["acc1"]
-        print(f"{prefix}Accuracy of the network on the {images} test images: {accuracy:.1f}%", flush=True)
-
-
-def write_options(options: Options, folder: Path) -> None:
-    (folder / "options.yaml").write_text(yaml.safe_dump(to_plain(options), sort_keys=False))
-
-
-def describe(options: Options, data: Data, model: nn.Module, device: torch.device, processes: Processes) -> None:
-    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    print(f"{options.model}, {millions:.2f} M parameters, {data.num_classes} classes, on {device}")
-    print(
-        f"{options.data_set}: {data.epoch_images} images per epoch in {data.updates} updates of {data.total_batch}, "
-        f"{processes.world_size} process(es)"
-    )
-    if not options.recipe and (RECIPES / f"{options.model}.yaml").is_file():
-        print(f"configs/recipe/{options.model}.yaml holds the published recipe: --recipe {options.model}")
-
-
-def summarise(state: TrainingState, folder: Path) -> None:
-    best = state.best
-    if "epoch" not in best:
-        print("Nothing was trained")
-        return
-    averaged = " (averaged weights)" if best["weights"] == "model_ema" else ""
-    seconds = sum(record["seconds"] for record in state.history.epochs)
-    print(
-        f"\nBest accuracy {best['acc1']:.2f}% in epoch {best['epoch'] + 1}{averaged}; {format_seconds(seconds)} in all"
-    )
-    for name, meaning in (
-        (BEST, "the best weights: --eval --resume, --finetune"),
-        (LAST, "the last state: the same command with more --epochs goes on"),
-        ("curves.png", "loss, accuracy and learning rate"),
-        ("log.txt", "one line of JSON per epoch"),
-        ("options.yaml", "the options of this run"),
-        ("tf_record_log", "tensorboard --logdir"),
-    ):
-        print(f"  {folder / name}  {meaning}")
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def build_optimizer(model: nn.Module, options: Options, total_batch: int) -> tor
     1-D tensors, biases and what `model.no_weight_decay()` names (position tables) do not decay.
     """
     extra = {} if options.opt_betas is None else {"betas": tuple(options.opt_betas)}
-    if options.opt_eps is not None and "sgd" not in options.opt:
+    if options.opt_eps is not None:  # timm leaves it out where an optimizer has none
         extra["eps"] = options.opt_eps
     try:
         return create_optimizer_v2(

@@ -5,7 +5,6 @@ The command line of main.py, its --help, the Hydra schema and docs/OPTIONS.md al
 """
 
 import argparse
-import difflib
 import json
 import os
 import sys
@@ -19,7 +18,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from errors import UsageError
+from errors import UsageError, did_you_mean
 
 RECIPES = Path(__file__).parent / "configs" / "recipe"
 DEFAULT_RECIPE = "debiformer_nano_digits"
@@ -303,6 +302,11 @@ def check_ranges(options: Any, prefix: str) -> None:
             raise UsageError(f"{prefix}{spec.name} must be at least {at_least}, not {value}")
 
 
+def names_of(*kinds: type) -> list[str]:
+    """The names of these dataclasses' options."""
+    return [spec.name for kind in kinds for spec in fields(kind)]
+
+
 def mixing(options: Options) -> bool:
     """Whether batches are mixed (by mixup or CutMix)."""
     return options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax is not None
@@ -437,18 +441,11 @@ def _with_underscores(arg: str) -> str:
     return "--" + name[2:].replace("-", "_") + separator + value
 
 
-def closest_option(name: str, *kinds: type) -> str | None:
-    """The option of these dataclasses whose name is most like `name`; None if none is like it."""
-    known = [spec.name for kind in kinds for spec in fields(kind)]
-    return next(iter(difflib.get_close_matches(name, known, n=1, cutoff=0.5)), None)
-
-
 def _unknown_option(arg: str) -> str:
-    name = arg.partition("=")[0].removeprefix("--")
-    close = closest_option(name, Options)
     if not arg.startswith("--"):
         return f"unexpected argument {arg!r}; options start with --, see --help"
-    return f"unknown option --{name}" + (f"; did you mean --{close}?" if close else "; see --help")
+    name = arg.partition("=")[0].removeprefix("--")
+    return f"unknown option --{name}; {did_you_mean(name, names_of(Options), 'see --help', '--')}"
 
 
 if __name__ == "__main__":

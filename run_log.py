@@ -13,10 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import yaml
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from utils import format_seconds, peak_memory
+from checkpoint import BEST, LAST, TrainingState
+from datasets import Data
+from options import RECIPES, Options, to_plain
+from utils import Processes, count_parameters, format_seconds, peak_memory
 
 POINTS_PER_EPOCH = 1000
 """TensorBoard's step for an epoch of training scalars, so that curves of different batch sizes line up."""
@@ -170,3 +174,50 @@ class Progress:
         then, first = self.run_started
         done = self.epoch * self.updates + update + 1
         return format_seconds((now - then) / (done - first) * (self.epochs * self.updates - done))
+
+
+def write_options(options: Options, folder: Path) -> None:
+    """options.yaml: every option of the run."""
+    (folder / "options.yaml").write_text(yaml.safe_dump(to_plain(options), sort_keys=False))
+
+
+def report(metrics: dict[str, Any], processes: Processes, prefix: str = "") -> None:
+    """Print an evaluation's figures as the published scripts do, in two lines."""
+    if processes.is_main:
+        print(f"{prefix}* Acc@1 {metrics['acc1']:.3f} Acc@5 {metrics['acc5']:.3f} loss {metrics['loss']:.3f}")
+        images, accuracy = metrics["images"], metrics["acc1"]
+        print(f"{prefix}Accuracy of the network on the {images} test images: {accuracy:.1f}%", flush=True)
+
+
+def describe(options: Options, data: Data, model: nn.Module, device: torch.device, processes: Processes) -> None:
+    """Print what is about to be trained."""
+    millions = count_parameters(model) / 1e6
+    print(f"{options.model}, {millions:.2f} M parameters, {data.num_classes} classes, on {device}")
+    print(
+        f"{options.data_set}: {data.epoch_images} images per epoch in {data.updates} updates of {data.total_batch}, "
+        f"{processes.world_size} process(es)"
+    )
+    if not options.recipe and (RECIPES / f"{options.model}.yaml").is_file():
+        print(f"configs/recipe/{options.model}.yaml holds the published recipe: --recipe {options.model}")
+
+
+def summarise(state: TrainingState, folder: Path) -> None:
+    """Print the best accuracy, and where everything is."""
+    best = state.best
+    if "epoch" not in best:
+        print("Nothing was trained")
+        return
+    averaged = " (averaged weights)" if best["weights"] == "model_ema" else ""
+    seconds = sum(record["seconds"] for record in state.history.epochs)
+    print(
+        f"\nBest accuracy {best['acc1']:.2f}% in epoch {best['epoch'] + 1}{averaged}; {format_seconds(seconds)} in all"
+    )
+    for name, meaning in (
+        (BEST, "the best weights: --eval --resume, --finetune"),
+        (LAST, "the last state: the same command with more --epochs goes on"),
+        ("curves.png", "loss, accuracy and learning rate"),
+        ("log.txt", "one line of JSON per epoch"),
+        ("options.yaml", "the options of this run"),
+        (state.history.tensorboard_folder.absolute(), "tensorboard --logdir"),
+    ):
+        print(f"  {folder / name}  {meaning}")

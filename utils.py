@@ -208,6 +208,11 @@ class Requests:
         return answer
 
 
+def count_parameters(module: nn.Module) -> int:
+    """How many numbers a module's parameters hold."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
 def format_seconds(seconds: float) -> str:
     """1:02:03 for 3723."""
     return str(timedelta(seconds=round(seconds)))

@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import MODEL_NAMES
+from utils import count_parameters
 
 BEGIN = "<!-- model table: python -m benchmarks.model_table -->"
 END = "<!-- end of model table -->"
@@ -43,10 +44,6 @@ PUBLISHED = {
     "biformer_small": Published(26, 4.5, 83.8),
     "biformer_base": Published(57, 9.8, 84.3),
 }
-
-
-def count_parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 @torch.no_grad()

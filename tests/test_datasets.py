@@ -210,6 +210,14 @@ def test_inaturalist_at_every_level(tmp_path, name, year):
         build_data(options_for("--data_set", name, "--data_path", tmp_path, "--inat_category", "genus"), ALONE, CPU)
 
 
+def test_incomplete_annotations_of_inaturalist(tmp_path):
+    write_inaturalist(tmp_path, 2018)
+    path = tmp_path / "val2018.json"
+    path.write_text(path.read_text().replace("file_name", "file"))
+    with pytest.raises(UsageError, match=f"{tmp_path}: the annotations are incomplete, they lack 'file_name'"):
+        build_data(options_for("--data_set", "INAT", "--data_path", tmp_path), ALONE, CPU)
+
+
 def test_cifar(tmp_path, monkeypatch):
     folder = tmp_path / Cifar100.base_folder
     folder.mkdir()
