@@ -1,7 +1,7 @@
-"""Datasets, transforms, and the order in which images are seen.
+"""Where images come from, and their transforms.
 
-Every random choice about an image is a function of (seed, epoch, position): `position` numbers the images that all
-processes together see in an epoch. The state of a worker never matters, so a place in the data is one number.
+Every random choice about an image is a function of (seed, epoch, position), see samplers.py; the state of a worker
+never matters.
 """
 
 import atexit
@@ -9,10 +9,12 @@ import json
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,25 +22,14 @@ from PIL import Image
 from timm.data import ImageDataset, create_dataset, create_transform
 from timm.data.readers import create_reader
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 from torchvision import datasets as vision
 from torchvision import transforms
 
 from errors import UsageError, listed
 from options import Options
-from utils import Processes, Requests, seeded, unite_seeds
-
-REPEATS = 3
-"""Views of one image under repeated augmentation (Hoffer et al., arXiv 1902.05509)."""
-
-
-class Key(NamedTuple):
-    """What a sampler hands to a dataset: which image, and what its random numbers are drawn from."""
-
-    index: int
-    epoch: int = 0
-    position: int = 0
-
+from samplers import EvalSampler, Key, TrainSampler
+from utils import Processes, Requests, seeded
 
 # -- sources: map-style datasets of (PIL image, class number) with `classes` and `name_of(index)` ---------------------
 
@@ -216,9 +207,32 @@ def _tar_source(root: str, split: str) -> ReaderImages:
     return ReaderImages(create_reader("", root=str(path)))
 
 
+def _let_timm_find_hugging_face() -> None:
+    """Have `import datasets` mean Hugging Face's package from now on, as timm's reader expects.
+
+    It has the name of this file, which all modules of a run have imported by now and go on using. What workers send or
+    receive must not be of a class from here: pickle would look for it in the other package.
+    """
+    ours = sys.modules.get("datasets")
+    if ours is None or hasattr(ours, "load_dataset"):
+        return
+    here, path = Path(__file__).resolve().parent, sys.path
+    del sys.modules["datasets"]
+    sys.path = [entry for entry in path if Path(entry).resolve() != here]
+    try:
+        import_module("datasets")
+    except ImportError:
+        sys.modules["datasets"] = ours
+        raise
+    finally:
+        sys.path = path
+
+
 def _timm_source(options: Options, train: bool) -> Dataset:
     split = options.train_split if train else options.val_split
     try:
+        if options.data_set.startswith(("hfds/", "hfids/")):
+            _let_timm_find_hugging_face()
         dataset = create_dataset(
             options.data_set,
             root=options.data_path or None,
@@ -228,7 +242,7 @@ def _timm_source(options: Options, train: bool) -> Dataset:
             seed=options.seed,
         )
     except ImportError as error:
-        raise UsageError(f"--data_set {options.data_set} needs another package: {error}") from error
+        raise UsageError(f"--data_set {options.data_set} needs another package ({error}); pip install it") from error
     except (AssertionError, OSError, RuntimeError, ValueError) as error:
         raise UsageError(f"--data_set {options.data_set}, split {split!r}: {error}") from error
     return ReaderImages(dataset.reader) if isinstance(dataset, ImageDataset) else dataset
@@ -291,56 +305,7 @@ class Transformed(Dataset):
             return self.transform(image), target
 
 
-# -- order ---------------------------------------------------------------------------------------------------------
-
-
-class TrainSampler(Sampler):
-    """This process's share of an epoch's stream of images, from any position on.
-
-    The stream is a function of (seed, epoch) alone; every `world_size`-th element goes to the same process. So
-    with the same total batch, any number of processes sees the same batches. `length` images are seen per epoch,
-    a multiple of the total batch. With repeated augmentation an image comes three times in a row in the stream, and an
-    epoch ends after as many images as the dataset has, rounded down to a multiple of 256 as published.
-    """
-
-    def __init__(self, size: int, total_batch: int, options: Options, processes: Processes) -> None:
-        self.size, self.seed = size, options.seed
-        self.repeats = REPEATS if options.repeated_aug else 1
-        stream = size // 256 * 256 if options.repeated_aug and size >= 256 else size
-        self.length = stream // total_batch * total_batch
-        self.rank, self.world_size = processes.rank, processes.world_size
-        self.epoch = self.start = 0
-        if self.length == 0:
-            raise UsageError(
-                f"{size} training images do not fill one batch of {total_batch} "
-                "(batch_size x processes x accum_steps); lower --batch_size"
-            )
-
-    def place(self, epoch: int, start: int = 0) -> None:
-        """Continue at image `start` (a multiple of the total batch) of `epoch`."""
-        self.epoch, self.start = epoch, start
-
-    def __len__(self) -> int:
-        return (self.length - self.start) // self.world_size
-
-    def __iter__(self) -> Iterator[Key]:
-        generator = torch.Generator().manual_seed(unite_seeds(self.seed, self.epoch))
-        order = torch.randperm(self.size, generator=generator)
-        for position in range(self.start + self.rank, self.length, self.world_size):
-            yield Key(int(order[position // self.repeats]), self.epoch, position)
-
-
-class EvalSampler(Sampler):
-    """Every image once: all of them, or every `world_size`-th when the evaluation is split. Nothing is padded."""
-
-    def __init__(self, size: int, processes: Processes, split: bool) -> None:
-        self.indices = range(processes.rank, size, processes.world_size) if split else range(size)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __iter__(self) -> Iterator[Key]:
-        return (Key(index) for index in self.indices)
+# -- loaders -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass

@@ -1,7 +1,9 @@
 """Train and evaluate: python main.py --help."""
 
+import os
 import tempfile
 import time
+import warnings
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,7 @@ def run(options: Options) -> dict[str, Any]:
     processes = utils.find_processes()
     device = utils.choose_device(options.device, processes)
     torch.backends.cudnn.benchmark = True
+    utils.seed_everything(options.seed)
     with utils.process_group(processes, device, options.dist_url, COLLECTIVE_TIMEOUT):
         return (evaluate_only if options.eval else train)(options, processes, device)
 
@@ -71,7 +74,6 @@ def train(options: Options, processes: Processes, device: torch.device) -> dict[
     folder = run_folder(options, processes)
     resumed = checkpoint_to_resume(options, folder)
 
-    utils.seed_everything(options.seed)
     data = build_data(options, processes, device)
     model = build_model(options, data.num_classes)
     if options.finetune and resumed is None:
@@ -213,6 +215,8 @@ def train_epochs(
 
 def run_folder(options: Options, processes: Processes) -> Path:
     """--output_dir, or a fresh folder named by model and time; made by the main process. UsageError if it cannot be."""
+    if not options.output_dir and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        raise UsageError("--max-restarts needs --output_dir, so that restarted processes find their checkpoint")
     name = options.output_dir or f"outputs/cls/{options.model}/{datetime.now():%Y%m%d-%H:%M:%S}"
     folder = Path(utils.broadcast_object(name, processes))
     if processes.is_main:
@@ -273,9 +277,11 @@ def distribute(model: nn.Module, processes: Processes, options: Options, precisi
     wrapped = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     images = torch.zeros(options.batch_size, 3, options.input_size, options.input_size, device=device)
-    with precision.autocast():
-        logits = wrapped(images.contiguous(memory_format=torch.channels_last))
-    logits.sum().backward()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Grad strides do not match")  # of depthwise kernels, which are tiny
+        with precision.autocast():
+            logits = wrapped(images.contiguous(memory_format=torch.channels_last))
+        logits.sum().backward()
     wrapped.zero_grad(set_to_none=True)
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])

@@ -93,7 +93,9 @@ def process_group(processes: Processes, device: torch.device, dist_url: str, tim
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # as torchrun does: processes that share cores get in each other's way
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, dist_url, timeout, processes.world_size, processes.rank)
+    store = _store_of_restart(timeout) if dist_url == "env://" else None
+    place = {"init_method": dist_url} if store is None else {"store": store}
+    dist.init_process_group(backend, timeout=timeout, world_size=processes.world_size, rank=processes.rank, **place)
     try:
         yield
     except RuntimeError as error:
@@ -103,6 +105,21 @@ def process_group(processes: Processes, device: torch.device, dist_url: str, tim
             time.sleep(20)
         raise
     dist.destroy_process_group()
+
+
+def _store_of_restart(timeout: timedelta) -> dist.Store | None:
+    """A store of their own for processes that torchrun started again on one machine; None for all others.
+
+    torchrun's store outlives them, and holds addresses of their predecessors. Among several machines nothing tells the
+    restarts apart: there TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 helps, given to torchrun.
+    """
+    env = os.environ
+    if env.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or env.get("GROUP_WORLD_SIZE") != "1":
+        return None
+    if env.get("TORCHELASTIC_RESTART_COUNT", "0") == "0":
+        return None
+    shared = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=timeout)
+    return dist.PrefixStore(f"restart_{env['TORCHELASTIC_RESTART_COUNT']}", shared)
 
 
 def broadcast_object(value: object, processes: Processes) -> object:

@@ -1,5 +1,7 @@
 """Small modules shared by all families. Letters: B batch, H x W map, C channels."""
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,6 +27,13 @@ class PointwiseConv(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.flatten(1), self.bias)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PointwiseConv":
+        super()._apply(fn, recurse)
+        # Moving a model to channels-last memory gives 1x1 kernels strides that the gradient of a matrix product does
+        # not have; optimizers and DistributedDataParallel are fast only where the two agree.
+        self.weight.data = self.weight.data.flatten(1)[..., None, None]
+        return self
 
 
 class DepthwiseConv(nn.Conv2d):

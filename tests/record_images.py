@@ -12,12 +12,13 @@ import datasets
 import main
 from errors import exit_on_error
 from options import parse_args
+from samplers import Key
 
 
 class Recorded(datasets.Transformed):
     file = sys.argv[1]
 
-    def __getitem__(self, key: datasets.Key) -> tuple:
+    def __getitem__(self, key: Key) -> tuple:
         if len(self.source) == 48:  # the training images of the test, not its 20 evaluation images
             with open(self.file, "a") as file:
                 file.write(f"{key.epoch} {key.position} {key.index}\n")

@@ -12,12 +12,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from support import CLASSES
+from support import CLASSES, SMALL_RUN, command
 
 import datasets
-from datasets import Cifar100, Digits, EvalSampler, Key, TrainSampler, Transformed, build_data, eval_transform
+from datasets import Cifar100, Digits, Transformed, build_data, eval_transform
 from errors import UsageError
 from options import Options, parse_args
+from samplers import EvalSampler, Key, TrainSampler
 from utils import Processes
 
 ALONE = Processes()
@@ -174,6 +175,18 @@ def test_webdataset_shards(shared_images, tmp_path):
     assert images.shape == (4, 3, 32, 32)
     assert set(targets.tolist()) <= {0, 1, 2, 3}
     assert sum(len(targets) for _, targets in data.val) == 48
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_hugging_face_datasets(image_folder, tmp_path, workers):
+    """Their package and our module have one name; a whole run in a process of its own shows that they get along."""
+    pytest.importorskip("pyarrow")
+    (image_folder / "val").rename(image_folder / "validation")
+    run = ["main.py", *SMALL_RUN, "--epochs", 1, "--data_set", f"hfds/{image_folder}", "--num_workers", workers]
+    done = command(*run, "--output_dir", tmp_path / "run", HF_HOME=str(tmp_path / "cache"), timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "48 images per epoch" in done.stdout
+    assert "on the 20 test images" in done.stdout
 
 
 def write_inaturalist(root, year):

@@ -1,8 +1,12 @@
 """Trainings that are killed, and trainings that go on among another number of processes."""
 
+import os
+import re
 import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import kill_often
 import pytest
@@ -18,6 +22,54 @@ def test_killed_at_random_moments_a_training_ends_with_the_same_weights(tmp_path
     places = kill_often.train_with_kills(killed, epochs=3, kills=3, seed=0)
     assert len(set(places)) > 1  # it got on in between
     assert kill_often.same_weights(whole, killed)
+
+
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
+
+
+@pytest.fixture
+def on_two(shared_images, tmp_path):
+    """on_two("run"): the arguments of a small run by two processes into a folder."""
+    return lambda folder: [*SMALL_RUN, "--data_path", shared_images, "--output_dir", tmp_path / folder]
+
+
+def test_a_failing_process_shows_its_own_traceback_and_ends_the_others(on_two):
+    began = time.monotonic()
+    done = command(*TORCHRUN, "--nproc_per_node=2", "tests/fail_midway.py", *on_two("run"))
+    assert time.monotonic() - began < 60
+    assert done.returncode == 1
+    before, _, after = done.stderr.partition("ZeroDivisionError: a mistake in somebody's code")
+    assert before.count("Traceback") == 1
+    assert "[rank1]: Traceback" in before
+    assert after
+    for word in ("gloo", "Connection", "timed out"):
+        assert word not in done.stderr
+
+
+@pytest.mark.slow
+def test_torchrun_restarts_interrupted_processes_midway_the_epoch(on_two, tmp_path):
+    done = command(*TORCHRUN, "--nproc_per_node=2", "main.py", *on_two("whole"))
+    assert done.returncode == 0, done.stderr
+
+    run = map(str, [*TORCHRUN, "--nproc_per_node=2", "--max-restarts=3", "main.py", *on_two("run"), "--print_freq", 1])
+    process = subprocess.Popen(
+        [sys.executable, *run], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    printed = []
+    for line in process.stdout:
+        printed.append(line)
+        if line.startswith("epoch 1/2  update 2/3") and not any("Continuing" in earlier for earlier in printed):
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(int(children[-1]), signal.SIGTERM)
+    assert process.wait(60) == 0
+    assert any(re.search("Continuing from .*: epoch 1, image [1-9]", line) for line in printed)
+    assert kill_often.same_weights(tmp_path / "whole", tmp_path / "run")
+
+
+def test_torchrun_restarts_need_a_folder(shared_images):
+    run = ["--max-restarts=1", "--nproc_per_node=1", "main.py", *SMALL_RUN, "--data_path", shared_images]
+    done = command(*TORCHRUN, *run)
+    assert "main.py: error: --max-restarts needs --output_dir" in done.stderr
 
 
 def recorded(path):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import submitit
 import torch
-from support import ROOT, command
+from support import ROOT, SMALL_RUN, command
 
 from checkpoint import LAST, load_checkpoint
 
@@ -166,6 +166,29 @@ def test_a_dead_process_takes_the_others_down_within_a_minute(cluster, submit):
     os.kill(victim, signal.SIGKILL)
     assert cluster.wait_for_state(int(job.job_id), "FAILED", timeout=60) == "FAILED"
     assert time.monotonic() - began < 60
+
+
+def test_a_process_that_fails_under_plain_srun_is_heard_first(cluster, shared_images, tmp_path):
+    run = [*SMALL_RUN, "--data_path", shared_images, "--output_dir", tmp_path / "run"]
+    began = time.monotonic()
+    with pytest.raises(RuntimeError) as failure:
+        cluster.call("srun", "-N2", sys.executable, "tests/fail_midway.py", *map(str, run), cwd=ROOT, timeout=100)
+    assert time.monotonic() - began < 60
+    before, found, _ = str(failure.value).partition("ZeroDivisionError: a mistake in somebody's code")
+    assert found
+    assert "gloo" not in before
+
+
+@pytest.mark.slow
+def test_a_job_that_runs_into_its_time_limit_goes_on(cluster, submit, tmp_path):
+    """By the clock: Slurm sends the warning signal itself, before a limit of one minute."""
+    job = submit("slurm.timeout=0.0167", "slurm.signal_delay=30", "slurm.ngpus=1", "epochs=1000")
+    text = wait_for_line(job, r"Continuing from .*checkpoint.pth: epoch \d+, image [1-9]\d*", timeout=180)
+    epoch = int(re.search(r"Continuing from .*: epoch (\d+)", text)[1])
+    wait_for_line(job, rf"epoch {epoch + 1}/1000  update 1/")
+    cluster.call("scancel", job.job_id)
+    assert int(cluster.job(int(job.job_id))["Restarts"]) >= 1
+    assert [record["epoch"] for record in log_of(tmp_path / "run")][: epoch + 1] == list(range(epoch))
 
 
 def ranks_of(cluster):

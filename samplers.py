@@ -1,0 +1,75 @@
+"""The order in which images are seen.
+
+`position` numbers the images that all processes together see in an epoch; together with (seed, epoch) it decides which
+image comes, and every random choice about it. So a place in the data is one number.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import Sampler
+
+from errors import UsageError
+from options import Options
+from utils import Processes, unite_seeds
+
+REPEATS = 3
+"""Views of one image under repeated augmentation (Hoffer et al., arXiv 1902.05509)."""
+
+
+class Key(NamedTuple):
+    """What a sampler hands to a dataset: which image, and what its random numbers are drawn from."""
+
+    index: int
+    epoch: int = 0
+    position: int = 0
+
+
+class TrainSampler(Sampler):
+    """This process's share of an epoch's stream of images, from any position on.
+
+    The stream is a function of (seed, epoch) alone; every `world_size`-th element goes to the same process. So
+    with the same total batch, any number of processes sees the same batches. `length` images are seen per epoch,
+    a multiple of the total batch. With repeated augmentation an image comes three times in a row in the stream, and an
+    epoch ends after as many images as the dataset has, rounded down to a multiple of 256 as published.
+    """
+
+    def __init__(self, size: int, total_batch: int, options: Options, processes: Processes) -> None:
+        self.size, self.seed = size, options.seed
+        self.repeats = REPEATS if options.repeated_aug else 1
+        stream = size // 256 * 256 if options.repeated_aug and size >= 256 else size
+        self.length = stream // total_batch * total_batch
+        self.rank, self.world_size = processes.rank, processes.world_size
+        self.epoch = self.start = 0
+        if self.length == 0:
+            raise UsageError(
+                f"{size} training images do not fill one batch of {total_batch} "
+                "(batch_size x processes x accum_steps); lower --batch_size"
+            )
+
+    def place(self, epoch: int, start: int = 0) -> None:
+        """Continue at image `start` (a multiple of the total batch) of `epoch`."""
+        self.epoch, self.start = epoch, start
+
+    def __len__(self) -> int:
+        return (self.length - self.start) // self.world_size
+
+    def __iter__(self) -> Iterator[Key]:
+        generator = torch.Generator().manual_seed(unite_seeds(self.seed, self.epoch))
+        order = torch.randperm(self.size, generator=generator)
+        for position in range(self.start + self.rank, self.length, self.world_size):
+            yield Key(int(order[position // self.repeats]), self.epoch, position)
+
+
+class EvalSampler(Sampler):
+    """Every image once: all of them, or every `world_size`-th when the evaluation is split. Nothing is padded."""
+
+    def __init__(self, size: int, processes: Processes, split: bool) -> None:
+        self.indices = range(processes.rank, size, processes.world_size) if split else range(size)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __iter__(self) -> Iterator[Key]:
+        return (Key(index) for index in self.indices)
