@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-from timm.layers import DropPath, trunc_normal_
+from timm.layers import DropPath
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from .attention import BiLevelRoutingAttention, FullAttention
 from .backbone import Backbone, checkpoint_filter_fn, default_cfg
-from .layers import DepthwiseConv, to_nchw, to_nhwc
+from .layers import DepthwiseConv, init_linear, to_nchw, to_nhwc
 
 
 class BiFormerBlock(nn.Module):
@@ -54,7 +54,7 @@ class BiFormer(Backbone):
         topk: Sequence[int | None] = (1, 4, 16, None),
         **kwargs: Any,
     ) -> None:
-        def make_block(i: int, drop_path: float) -> BiFormerBlock:
+        def make_block(i: int, _number: int, drop_path: float) -> BiFormerBlock:
             if topk[i] is None:
                 attn = FullAttention(embed_dims[i], num_heads[i])
             else:
@@ -69,14 +69,7 @@ class BiFormer(Backbone):
             grid_strides=[() if k is None else (1,) for k in topk],
             **kwargs,
         )
-        self.apply(_init_linear)
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        self.apply(init_linear)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

@@ -84,7 +84,7 @@ class DeBiFormer(Backbone):
                 rpe_size=token_maps[i],
             )
 
-        def make_block(i: int, drop_path: float) -> DeBiFormerBlock:
+        def make_block(i: int, _number: int, drop_path: float) -> DeBiFormerBlock:
             if bra_topk[i] is None:
                 attn1 = deformable(i)
             else:

@@ -1,6 +1,7 @@
 """Small modules shared by all families. Letters: B batch, H x W map, C channels."""
 
 import torch.nn.functional as F
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 
@@ -63,3 +64,11 @@ class ConvMlp(nn.Module):
         x = self.linear1(x)
         x = x + to_nhwc(self.dwc(to_nchw(x)))
         return self.linear2(self.act(x))
+
+
+def init_linear(module: nn.Module) -> None:
+    """Draw a linear layer's (or 1x1 convolution's) weight from a truncated normal, std 0.02; its bias becomes zero."""
+    if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
