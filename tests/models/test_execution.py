@@ -9,7 +9,7 @@ from golden.compare import CLASSIFIERS, load, relative_error
 from golden.fill import fill, images
 from torch._dynamo.testing import CompileCounter
 
-import models  # noqa: F401
+import models
 from models.attention import BiLevelRoutingAttention
 from models.deformable_attention import DeformableAgentAttention
 from models.stl import PartitionAttention
@@ -83,6 +83,21 @@ def test_nano_is_one_graph_without_breaks(auto_pad):
         x = images(2, 64, 64, seed)
         assert relative_error(compiled(x), model(x)) < 1e-9
     assert graphs.frame_count == 1
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("debiformer_small", "debiformer_base") else ())
+        for name in models.MODEL_NAMES
+    ],
+)
+def test_every_variant_trains_in_one_graph_without_breaks(name):
+    torch._dynamo.reset()
+    model, graphs = timm.create_model(name, drop_path_rate=0.1).train(), CompileCounter()
+    torch.compile(model, backend=graphs, fullgraph=True)(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert graphs.frame_count == 1
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
 
 
 @pytest.mark.slow
