@@ -59,6 +59,8 @@ def evaluate_only(options: Options, processes: Processes, device: torch.device) 
         load_weights(model, weights, options.resume)
     elif processes.is_main:
         print("No --resume given: these are untrained weights")
+    if options.fuse:
+        model = models.fuse(model.eval())
     model.to(device, memory_format=torch.channels_last)
     metrics = evaluate(model, data.val, precision_of(options, device), processes, data.dist_eval)
     report(metrics, processes)

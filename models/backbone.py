@@ -15,6 +15,8 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from .layers import Downsampling
+
 STRIDES = (4, 8, 16, 32)
 POSITION_TABLES = ("rpe_table", "relative_position_bias_table")
 """Ends of the names of parameters that weight decay spares."""
@@ -70,7 +72,7 @@ torch.fx.wrap("check_image_size")
 
 def overlapping_downsampling(in_chans: int, embed_dims: Sequence[int]) -> list[nn.Module]:
     """What opens each stage: a stem of two 3x3 convolutions, then one each, with BatchNorm; sides round up."""
-    stem = nn.Sequential(
+    stem = Downsampling(
         nn.Conv2d(in_chans, embed_dims[0] // 2, 3, stride=2, padding=1),
         nn.BatchNorm2d(embed_dims[0] // 2),
         nn.GELU(),
@@ -78,7 +80,7 @@ def overlapping_downsampling(in_chans: int, embed_dims: Sequence[int]) -> list[n
         nn.BatchNorm2d(embed_dims[0]),
     )
     merges = [
-        nn.Sequential(nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after))
+        Downsampling(nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after))
         for before, after in pairwise(embed_dims)
     ]
     return [stem, *merges]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .attention import BiLevelRoutingAttention, FullAttention
 from .backbone import Backbone, checkpoint_filter_fn, default_cfg
-from .layers import DepthwiseConv, init_linear, to_nchw, to_nhwc
+from .layers import ResidualDepthwiseConv, init_linear, to_nchw, to_nhwc
 
 
 class BiFormerBlock(nn.Module):
@@ -21,7 +21,7 @@ class BiFormerBlock(nn.Module):
     def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path: float) -> None:
         super().__init__()
         hidden = int(dim * mlp_ratio)
-        self.pos_embed = DepthwiseConv(dim, 3)
+        self.pos_embed = ResidualDepthwiseConv(dim, 3)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
@@ -30,7 +30,7 @@ class BiFormerBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = to_nhwc(x + self.pos_embed(x))
+        x = to_nhwc(self.pos_embed(x))
         x = x + self.drop_path(self.attn(self.norm1(x)))
         x = x + self.drop_path(self.mlp(self.norm2(x)))
         return to_nchw(x)

@@ -20,7 +20,7 @@ import ops
 
 from .attention import BiLevelRoutingAttention, FullAttention, Router
 from .backbone import Backbone, checkpoint_filter_fn, default_cfg
-from .layers import DepthwiseConv, PointwiseConv, init_linear, to_nchw, to_nhwc
+from .layers import DepthwiseConv, Downsampling, PointwiseConv, init_linear, to_nchw, to_nhwc
 
 
 class PooledRouter(Router):
@@ -136,9 +136,9 @@ def patch_downsampling(
     in_chans: int, embed_dims: Sequence[int], norm_layer: Callable[[int], nn.Module]
 ) -> list[nn.Module]:
     """What opens each stage: 4x4 patches, then merging of 2x2 tokens; what fills no whole patch is lost."""
-    stem = nn.Sequential(nn.Conv2d(in_chans, embed_dims[0], 4, stride=4), norm_layer(embed_dims[0]))
+    stem = Downsampling(nn.Conv2d(in_chans, embed_dims[0], 4, stride=4), norm_layer(embed_dims[0]))
     merges = [
-        nn.Sequential(norm_layer(before), nn.Conv2d(before, after, 2, stride=2))
+        Downsampling(norm_layer(before), nn.Conv2d(before, after, 2, stride=2))
         for before, after in pairwise(embed_dims)
     ]
     return [stem, *merges]
