@@ -62,6 +62,8 @@ def evaluate_only(options: Options, processes: Processes, device: torch.device) 
         load_weights(model, weights, options.resume)
     elif processes.is_main:
         print("No --resume given: these are untrained weights")
+    if options.fuse:
+        model = models.fuse(model.eval())
     model.to(device, memory_format=torch.channels_last)
     metrics = evaluate(model, data.val, precision_of(options, device), processes, data.dist_eval)
     report(metrics, processes)
@@ -249,7 +251,7 @@ def build_model(options: Options, num_classes: int) -> nn.Module:
         remedy = did_you_mean(options.model, timm.list_models(), f"try {models.MODEL_NAMES[0]}")
         raise UsageError(f"unknown --model {options.model!r}; {remedy}")
     cfg = timm.get_pretrained_cfg(options.model, allow_unregistered=True)
-    ours = timm.models.is_model_in_modules(options.model, ("debiformer", "biformer"))
+    ours = timm.models.is_model_in_modules(options.model, ("debiformer", "biformer", "stl"))
     sized = ours or bool(cfg and cfg.fixed_input_size)
     try:
         return timm.create_model(

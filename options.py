@@ -48,6 +48,7 @@ class RunOptions:
     start_epoch: int = option(0, "first epoch to train; a resumed checkpoint overrides it", at_least=0)
     eval: bool = option(False, "evaluate only")
     use_ema: bool = option(False, "with --eval --resume: evaluate the checkpoint's averaged weights")
+    fuse: bool = option(False, "with --eval: merge BatchNorm and identities into convolutions first; same accuracy")
     dist_eval: bool = option(False, "split the evaluation over all processes; every image is counted exactly once")
     load_release: bool = option(False, "load the weights published for the model")
     num_workers: int = option(10, "data loading processes per training process, at most one per usable CPU", at_least=0)
@@ -287,6 +288,8 @@ def validate(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and len(value) != 2 and not (name == "lr_noise" and len(value) == 1):
             raise UsageError(f"--{name} takes two numbers, not {value}")
+    if options.fuse and not options.eval:
+        raise UsageError("--fuse is for inference, merged weights are not trained: add --eval or leave it out")
     if mixing(options) and options.batch_size % 2:
         raise UsageError(f"mixup and CutMix pair images: --batch_size must be even, not {options.batch_size}")
 

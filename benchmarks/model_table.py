@@ -43,6 +43,7 @@ PUBLISHED = {
     "biformer_tiny": Published(13, 2.2, 81.4),
     "biformer_small": Published(26, 4.5, 83.8),
     "biformer_base": Published(57, 9.8, 84.3),
+    "biformer_stl": Published(top1=82.7),
 }
 
 

@@ -4,6 +4,8 @@ Letters: B batch, H x W map, C channels, S windows per side, P = S*S windows, w 
 Every attention module here takes and returns (B, H, W, C).
 """
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -69,18 +71,24 @@ class BiLevelRoutingAttention(nn.Module):
 
 
 class FullAttention(nn.Module):
-    """Attention over all tokens plus LePE on the attention's input: BiFormer's last stage. The qkv has no bias."""
+    """Attention over all tokens plus LePE: BiFormer's last stage. The qkv has no bias.
 
-    def __init__(self, dim: int, num_heads: int) -> None:
+    linear: class of the projections. lepe_on_values: LePE reads v as in BRA, not the attention's input.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, linear: Callable[..., nn.Module] = nn.Linear, lepe_on_values: bool = False
+    ) -> None:
         super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.num_heads, self.lepe_on_values = num_heads, lepe_on_values
+        self.qkv = linear(dim, 3 * dim, bias=False)
         self.lepe = DepthwiseConv(dim, 5)
-        self.proj = nn.Linear(dim, dim)
+        self.proj = linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        lepe = to_nhwc(self.lepe(to_nchw(x)))
-        qkv = self.qkv(x).flatten(1, 2).unflatten(-1, (3, self.num_heads, -1))  # (B, H*W, 3, m, C/m)
+        qkv = self.qkv(x)
+        lepe = to_nhwc(self.lepe(to_nchw(qkv.chunk(3, dim=-1)[2] if self.lepe_on_values else x)))
+        qkv = qkv.flatten(1, 2).unflatten(-1, (3, self.num_heads, -1))  # (B, H*W, 3, m, C/m)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
         return self.proj(out + lepe)

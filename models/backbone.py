@@ -15,38 +15,50 @@ from timm.models import checkpoint_seq
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
+from .layers import Downsampling
+
 STRIDES = (4, 8, 16, 32)
+POSITION_TABLES = ("rpe_table", "relative_position_bias_table")
+"""Ends of the names of parameters that weight decay spares."""
 
 
-def stage_sides(side: int) -> tuple[int, int, int, int]:
-    """Token rows (or columns) of the four stages for an image side in pixels: halved, rounding up, 2 to 5 times."""
-    sides = [-(-side // 2)]
-    for _ in STRIDES:
-        sides.append(-(-sides[-1] // 2))
-    return tuple(sides[1:])
+def stage_sides(side: int, round_up: bool = True) -> tuple[int, int, int, int]:
+    """Token rows (or columns) of the four stages for an image side in pixels: halved 2 to 5 times.
+
+    round_up: an odd side's last row counts, as in padded convolutions; otherwise it is lost, as in patches.
+    """
+    sides = [side]
+    for _ in range(len(STRIDES) + 1):
+        sides.append((sides[-1] + round_up) // 2)
+    return tuple(sides[2:])
 
 
-def first_stage_that_pads(side: int, n_win: int, grid_strides: Sequence[Sequence[int]]) -> int | None:
+def first_stage_that_pads(
+    side: int, n_win: int, grid_strides: Sequence[Sequence[int]], round_up: bool = True
+) -> int | None:
     """The first stage (from 1) whose token or agent grids do not divide into `n_win` windows; None if all do.
 
     grid_strides: per stage (later stages may be missing), the strides in tokens of the grids that are cut into windows.
     """
-    for number, (tokens, strides) in enumerate(zip(stage_sides(side), grid_strides, strict=False), start=1):
-        if any(-(-tokens // stride) % n_win for stride in strides):
+    for number, (tokens, strides) in enumerate(zip(stage_sides(side, round_up), grid_strides, strict=False), start=1):
+        if not tokens or any(-(-tokens // stride) % n_win for stride in strides):
             return number
     return None
 
 
-def check_image_size(x: Tensor, n_win: int, grid_strides: Sequence[Sequence[int]]) -> Tensor:
+def check_image_size(x: Tensor, n_win: int, grid_strides: Sequence[Sequence[int]], round_up: bool = True) -> Tensor:
     """Returns x (B, C, H, W); ValueError if a stage could not be cut into windows without padding."""
+
+    def first_unfit_stage(side: int) -> int | None:
+        return first_stage_that_pads(side, n_win, grid_strides, round_up)
+
     for axis, name in ((2, "height"), (3, "width")):
         side = int(x.shape[axis])
-        stage = first_stage_that_pads(side, n_win, grid_strides)
+        stage = first_unfit_stage(side)
         if stage is None:
             continue
-        fits = (s for s in range(side, 0, -1) if first_stage_that_pads(s, n_win, grid_strides) is None)
-        below = next(fits, None)
-        above = next(s for s in range(side, 100 * side + 10_000) if not first_stage_that_pads(s, n_win, grid_strides))
+        below = next((s for s in range(side, 0, -1) if first_unfit_stage(s) is None), None)
+        above = next(s for s in range(side, 100 * side + 10_000) if first_unfit_stage(s) is None)
         nearest = f"{below} or {above}" if below else f"{above}"
         raise ValueError(
             f"image size {x.shape[2]}x{x.shape[3]}: stage {stage} cannot cut this {name} into {n_win} windows; "
@@ -58,9 +70,26 @@ def check_image_size(x: Tensor, n_win: int, grid_strides: Sequence[Sequence[int]
 torch.fx.wrap("check_image_size")
 
 
-def run_stage(downsample: nn.Module, blocks: nn.Sequential, x: Tensor, recompute: bool = False) -> Tensor:
+def overlapping_downsampling(in_chans: int, embed_dims: Sequence[int]) -> list[nn.Module]:
+    """What opens each stage: a stem of two 3x3 convolutions, then one each, with BatchNorm; sides round up."""
+    stem = Downsampling(
+        nn.Conv2d(in_chans, embed_dims[0] // 2, 3, stride=2, padding=1),
+        nn.BatchNorm2d(embed_dims[0] // 2),
+        nn.GELU(),
+        nn.Conv2d(embed_dims[0] // 2, embed_dims[0], 3, stride=2, padding=1),
+        nn.BatchNorm2d(embed_dims[0]),
+    )
+    merges = [
+        Downsampling(nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after))
+        for before, after in pairwise(embed_dims)
+    ]
+    return [stem, *merges]
+
+
+def run_stage(downsample: nn.Module, blocks: nn.Module, x: Tensor, recompute: bool = False) -> Tensor:
     """Downsample, then run the blocks: (B, C, H, W) -> (B, C', H', W') in channels-last memory.
 
+    blocks: a module that runs them one after the other, and iterates over them.
     recompute: keep only the blocks' inputs for the backward pass and compute the rest again there.
     """
     x = downsample(x).contiguous(memory_format=torch.channels_last)
@@ -68,9 +97,11 @@ def run_stage(downsample: nn.Module, blocks: nn.Sequential, x: Tensor, recompute
 
 
 class Backbone(nn.Module):
-    """Four stages of blocks between strided convolutions, then BatchNorm, pooling and a linear classifier.
+    """Four stages of blocks between strided convolutions, then a norm, pooling and a linear classifier.
 
-    make_block(stage, drop_path) builds one block, a module (B, C, H, W) -> (B, C, H, W), for stage 0..3.
+    make_block(stage, number, drop_path) builds block `number` of stage 0..3, a module (B, C, H, W) -> (B, C, H, W).
+    downsampling(in_chans, embed_dims) builds what opens each stage; round_up: see `stage_sides`.
+    make_stage(*blocks) puts blocks together; norm_layer(dim) builds the final norm.
     n_win, grid_strides: what has to divide into windows (see `first_stage_that_pads`); with `auto_pad` the
     attention pads what does not, without it such an image size is refused with a ValueError.
     drop_rate: dropout before the classifier; drop_path_rate: stochastic depth, growing linearly from 0 over all blocks.
@@ -81,12 +112,16 @@ class Backbone(nn.Module):
 
     def __init__(
         self,
-        make_block: Callable[[int, float], nn.Module],
+        make_block: Callable[[int, int, float], nn.Module],
         *,
         embed_dims: Sequence[int],
         depths: Sequence[int],
         n_win: int,
         grid_strides: Sequence[Sequence[int]],
+        downsampling: Callable[[int, Sequence[int]], list[nn.Module]] = overlapping_downsampling,
+        round_up: bool = True,
+        make_stage: Callable[..., nn.Module] = nn.Sequential,
+        norm_layer: Callable[[int], nn.Module] = nn.BatchNorm2d,
         in_chans: int = 3,
         num_classes: int = 1000,
         global_pool: str = "avg",
@@ -98,31 +133,20 @@ class Backbone(nn.Module):
         super().__init__()
         self.num_classes, self.in_chans = num_classes, in_chans
         self.num_features = self.head_hidden_size = embed_dims[-1]
-        self.n_win, self.auto_pad = n_win, auto_pad
+        self.n_win, self.auto_pad, self.round_up = n_win, auto_pad, round_up
         self.grid_strides = tuple(tuple(strides) for strides in grid_strides)
         self.feature_info = [
             {"num_chs": dim, "reduction": stride, "module": f"stages.{i}"}
             for i, (dim, stride) in enumerate(zip(embed_dims, STRIDES, strict=True))
         ]
 
-        stem = nn.Sequential(
-            nn.Conv2d(in_chans, embed_dims[0] // 2, 3, stride=2, padding=1),
-            nn.BatchNorm2d(embed_dims[0] // 2),
-            nn.GELU(),
-            nn.Conv2d(embed_dims[0] // 2, embed_dims[0], 3, stride=2, padding=1),
-            nn.BatchNorm2d(embed_dims[0]),
-        )
-        merges = [
-            nn.Sequential(nn.Conv2d(before, after, 3, stride=2, padding=1), nn.BatchNorm2d(after))
-            for before, after in pairwise(embed_dims)
-        ]
-        self.downsample_layers = nn.ModuleList([stem, *merges])
-
+        self.downsample_layers = nn.ModuleList(downsampling(in_chans, embed_dims))
         rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         self.stages = nn.ModuleList(
-            nn.Sequential(*(make_block(stage, next(rates)) for _ in range(depth))) for stage, depth in enumerate(depths)
+            make_stage(*(make_block(stage, number, next(rates)) for number in range(depth)))
+            for stage, depth in enumerate(depths)
         )
-        self.norm = nn.BatchNorm2d(embed_dims[-1])
+        self.norm = norm_layer(embed_dims[-1])
         self.head_drop = nn.Dropout(drop_rate)
         self.reset_classifier(num_classes, global_pool)
         self.set_grad_checkpointing(grad_checkpointing)
@@ -146,7 +170,7 @@ class Backbone(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> set[str]:
-        return {name for name, _ in self.named_parameters() if name.endswith("rpe_table")}
+        return {name for name, _ in self.named_parameters() if name.endswith(POSITION_TABLES)}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -155,7 +179,7 @@ class Backbone(nn.Module):
             "stem": r"^downsample_layers\.0",
             "blocks": [
                 (r"^downsample_layers\.(\d+)", None),
-                (r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)", None),
+                (r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)(?:\.blocks)?\.(\d+)", None),
                 (r"^norm", (99999,)),
             ],
         }
@@ -166,7 +190,7 @@ class Backbone(nn.Module):
         return run_stage(self.downsample_layers[stage], self.stages[stage], x, recompute)
 
     def check_input(self, x: Tensor) -> Tensor:
-        return x if self.auto_pad else check_image_size(x, self.n_win, self.grid_strides)
+        return x if self.auto_pad else check_image_size(x, self.n_win, self.grid_strides, self.round_up)
 
     def forward_intermediates(
         self,

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
-from timm.layers import DropPath, trunc_normal_
+from timm.layers import DropPath
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from .attention import BiLevelRoutingAttention, FullAttention
 from .backbone import Backbone, checkpoint_filter_fn, default_cfg
-from .layers import DepthwiseConv, to_nchw, to_nhwc
+from .layers import ResidualDepthwiseConv, init_linear, to_nchw, to_nhwc
 
 
 class BiFormerBlock(nn.Module):
@@ -21,7 +21,7 @@ class BiFormerBlock(nn.Module):
     def __init__(self, dim: int, attn: nn.Module, mlp_ratio: float, drop_path: float) -> None:
         super().__init__()
         hidden = int(dim * mlp_ratio)
-        self.pos_embed = DepthwiseConv(dim, 3)
+        self.pos_embed = ResidualDepthwiseConv(dim, 3)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
@@ -30,7 +30,7 @@ class BiFormerBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = to_nhwc(x + self.pos_embed(x))
+        x = to_nhwc(self.pos_embed(x))
         x = x + self.drop_path(self.attn(self.norm1(x)))
         x = x + self.drop_path(self.mlp(self.norm2(x)))
         return to_nchw(x)
@@ -54,7 +54,7 @@ class BiFormer(Backbone):
         topk: Sequence[int | None] = (1, 4, 16, None),
         **kwargs: Any,
     ) -> None:
-        def make_block(i: int, drop_path: float) -> BiFormerBlock:
+        def make_block(i: int, _number: int, drop_path: float) -> BiFormerBlock:
             if topk[i] is None:
                 attn = FullAttention(embed_dims[i], num_heads[i])
             else:
@@ -69,14 +69,7 @@ class BiFormer(Backbone):
             grid_strides=[() if k is None else (1,) for k in topk],
             **kwargs,
         )
-        self.apply(_init_linear)
-
-
-def _init_linear(module: nn.Module) -> None:
-    if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
+        self.apply(init_linear)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

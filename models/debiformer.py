@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .attention import BiLevelRoutingAttention
 from .backbone import Backbone, checkpoint_filter_fn, default_cfg, stage_sides
 from .deformable_attention import DeformableAgentAttention
-from .layers import ConvMlp, DepthwiseConv, to_nchw, to_nhwc
+from .layers import ConvMlp, ResidualDepthwiseConv, to_nchw, to_nhwc
 
 
 class DeBiFormerBlock(nn.Module):
@@ -21,12 +21,12 @@ class DeBiFormerBlock(nn.Module):
 
     def __init__(self, dim: int, attn1: nn.Module, attn2: nn.Module, mlp_ratio: float, drop_path: float) -> None:
         super().__init__()
-        self.pos_embed1 = DepthwiseConv(dim, 3)
+        self.pos_embed1 = ResidualDepthwiseConv(dim, 3)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn1 = attn1
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp1 = ConvMlp(dim, mlp_ratio)
-        self.pos_embed2 = DepthwiseConv(dim, 3)
+        self.pos_embed2 = ResidualDepthwiseConv(dim, 3)
         self.norm3 = nn.LayerNorm(dim, eps=1e-6)
         self.attn2 = attn2
         self.norm4 = nn.LayerNorm(dim, eps=1e-6)
@@ -34,11 +34,11 @@ class DeBiFormerBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = to_nhwc(x + self.pos_embed1(x))
+        x = to_nhwc(self.pos_embed1(x))
         x = x + self.drop_path(self.attn1(self.norm1(x)))
         x = x + self.drop_path(self.mlp1(self.norm2(x)))
         x = to_nchw(x)
-        x = to_nhwc(x + self.pos_embed2(x))
+        x = to_nhwc(self.pos_embed2(x))
         x = x + self.drop_path(self.attn2(self.norm3(x)))
         x = x + self.drop_path(self.mlp2(self.norm4(x)))
         return to_nchw(x)
@@ -84,7 +84,7 @@ class DeBiFormer(Backbone):
                 rpe_size=token_maps[i],
             )
 
-        def make_block(i: int, drop_path: float) -> DeBiFormerBlock:
+        def make_block(i: int, _number: int, drop_path: float) -> DeBiFormerBlock:
             if bra_topk[i] is None:
                 attn1 = deformable(i)
             else:

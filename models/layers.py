@@ -1,9 +1,13 @@
 """Small modules shared by all families. Letters: B batch, H x W map, C channels."""
 
+import copy
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 def to_nhwc(x: Tensor) -> Tensor:
@@ -43,6 +47,53 @@ class DepthwiseConv(nn.Conv2d):
         super().__init__(dim, dim, kernel_size, stride, padding=kernel_size // 2, groups=dim, bias=bias)
 
 
+class ResidualDepthwiseConv(DepthwiseConv):
+    """x + conv(x) of a map (B, C, H, W), with the keys of the convolution alone, as published."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+    @torch.no_grad()
+    def fuse(self) -> DepthwiseConv:
+        """The same map as one convolution: the identity is a one in the middle of the kernel."""
+        dim, _, size, _ = self.weight.shape
+        fused = DepthwiseConv(dim, size).to(self.weight)
+        fused.load_state_dict(self.state_dict())
+        fused.weight[:, :, size // 2, size // 2] += 1
+        return fused
+
+
+class Downsampling(nn.Sequential):
+    """Strided convolutions with norms before or behind them: what opens a stage."""
+
+    def fuse(self) -> nn.Sequential:
+        """The same map with every BatchNorm folded into the convolution behind or before it; ValueError in training."""
+        if self.training:
+            raise ValueError("BatchNorm can be folded only when its statistics are fixed: call eval() first")
+        layers: list[nn.Module] = []
+        for layer in self:
+            before = layers[-1] if layers else None
+            if isinstance(layer, nn.BatchNorm2d) and isinstance(before, nn.Conv2d):
+                layers[-1] = fuse_conv_bn_eval(before, layer)
+            elif isinstance(layer, nn.Conv2d) and isinstance(before, nn.BatchNorm2d):
+                layers[-1] = _fold_into_next(before, layer)
+            else:
+                layers.append(layer)
+        return nn.Sequential(*layers)
+
+
+@torch.no_grad()
+def _fold_into_next(norm: nn.BatchNorm2d, conv: nn.Conv2d) -> nn.Conv2d:
+    """One convolution for norm, then conv. Padding would be of zeros behind the norm, so there must be none."""
+    assert conv.padding == (0, 0)
+    scale = norm.weight / (norm.running_var + norm.eps).sqrt()
+    shift = norm.bias - norm.running_mean * scale
+    fused = copy.deepcopy(conv)
+    fused.weight *= scale[:, None, None]
+    fused.bias += (conv.weight * shift[:, None, None]).sum((1, 2, 3))
+    return fused
+
+
 class QKV(nn.Module):
     """The projection to queries, keys and values: (..., C) -> three of (..., C).
 
@@ -64,11 +115,18 @@ class ConvMlp(nn.Module):
         super().__init__()
         hidden = int(dim * ratio)
         self.linear1 = nn.Sequential(PointwiseConv(dim, hidden))
-        self.dwc = DepthwiseConv(hidden, 3)
+        self.dwc = ResidualDepthwiseConv(hidden, 3)
         self.act = nn.GELU()
         self.linear2 = nn.Sequential(PointwiseConv(hidden, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.linear1(x)
-        x = x + to_nhwc(self.dwc(to_nchw(x)))
+        x = to_nhwc(self.dwc(to_nchw(self.linear1(x))))
         return self.linear2(self.act(x))
+
+
+def init_linear(module: nn.Module) -> None:
+    """Draw a linear layer's (or 1x1 convolution's) weight from a truncated normal, std 0.02; its bias becomes zero."""
+    if isinstance(module, nn.Linear) or (isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1)):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -8,17 +8,19 @@ import torch.fx
 
 from .deformable import agent_positions, deformable_attention, relative_position_bias, sample_agents
 from .routed import route_windows, routed_attention
-from .windows import from_windows, pad_to_multiple, to_windows
+from .windows import from_windows, pad_to_multiple, pool_windows, split_side, to_windows
 
 __all__ = [
     "agent_positions",
     "deformable_attention",
     "from_windows",
     "pad_to_multiple",
+    "pool_windows",
     "relative_position_bias",
     "route_windows",
     "routed_attention",
     "sample_agents",
+    "split_side",
     "to_windows",
 ]
 

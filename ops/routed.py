@@ -11,11 +11,11 @@ from torch import Tensor
 def route_windows(q_win: Tensor, k_win: Tensor, topk: int, scale: float) -> tuple[Tensor, Tensor]:
     """Choose, for every query window, the `topk` key windows with the highest affinity (eqs. 3-4).
 
-    q_win, k_win: (B, P, C) window means. Routing takes no part in autograd.
+    q_win, k_win: (B, P, C) window means; of fewer windows than `topk`, all are kept. Routing takes no part in autograd.
     Returns the kept logits (B, P, topk), descending, and their window numbers, int64 of the same shape.
     """
     affinity = (q_win.detach() * scale) @ k_win.detach().transpose(-2, -1)
-    return affinity.topk(topk, dim=-1)
+    return affinity.topk(min(topk, affinity.shape[-1]), dim=-1)
 
 
 def routed_attention(q: Tensor, k: Tensor, v: Tensor, idx: Tensor, num_heads: int, scale: float) -> Tensor:

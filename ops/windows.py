@@ -1,35 +1,60 @@
 """Cutting feature maps into windows and putting them together again.
 
-Letters: B batch, H x W map, C channels, S windows per side, P = S*S windows, w tokens per window.
+Letters: B batch, H x W map, C channels, P windows, w tokens per window.
 """
 
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
-    """Zero-pad a map right and bottom until both sides are multiples of `multiple`.
+def pad_to_multiple(x: Tensor, multiple: int | tuple[int, int]) -> Tensor:
+    """Zero-pad a map right and bottom until both sides are multiples of `multiple` (or of one each: height, width).
 
     x: (B, H, W, ...), any dtype; returned unchanged when nothing is missing.
     """
-    missing_h, missing_w = -x.shape[1] % multiple, -x.shape[2] % multiple
+    multiple_h, multiple_w = _pair(multiple)
+    missing_h, missing_w = -x.shape[1] % multiple_h, -x.shape[2] % multiple_w
     if missing_h == 0 and missing_w == 0:
         return x
     return F.pad(x, (0, 0) * (x.ndim - 3) + (0, missing_w, 0, missing_h))
 
 
-def to_windows(x: Tensor, n_win: int) -> Tensor:
+def to_windows(x: Tensor, n_win: int | tuple[int, int]) -> Tensor:
     """(B, H, W, C) -> (B, P, w, C): windows row-major, tokens row-major inside each.
 
-    H and W must be multiples of `n_win`.
+    n_win: windows per side, or rows and columns of windows; they must divide H and W.
     """
     b, h, w, c = x.shape
-    x = x.reshape(b, n_win, h // n_win, n_win, w // n_win, c)
-    return x.permute(0, 1, 3, 2, 4, 5).reshape(b, n_win * n_win, -1, c)
+    rows, columns = _pair(n_win)
+    x = x.reshape(b, rows, h // rows, columns, w // columns, c)
+    return x.permute(0, 1, 3, 2, 4, 5).reshape(b, rows * columns, -1, c)
 
 
-def from_windows(x: Tensor, n_win: int, height: int, width: int) -> Tensor:
+def from_windows(x: Tensor, n_win: int | tuple[int, int], height: int, width: int) -> Tensor:
     """(B, P, w, C) -> (B, height, width, C): undoes `to_windows`."""
     b, c = x.shape[0], x.shape[-1]
-    x = x.reshape(b, n_win, n_win, height // n_win, width // n_win, c)
+    rows, columns = _pair(n_win)
+    x = x.reshape(b, rows, columns, height // rows, width // columns, c)
     return x.permute(0, 1, 3, 2, 4, 5).reshape(b, height, width, c)
+
+
+def pool_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
+    """Means over windows of so many rows and columns of tokens: (B, H, W, C) -> (B, P, C), row-major.
+
+    The last row and column of windows may reach over the map's edge; what lies outside is not counted.
+    """
+    x = F.avg_pool2d(x.permute(0, 3, 1, 2), window, ceil_mode=True, count_include_pad=False)
+    return x.flatten(2).transpose(1, 2)
+
+
+def split_side(side: int, n_win: int) -> tuple[int, int]:
+    """Tokens per window and number of windows along a side that is cut in windows of side // n_win tokens.
+
+    There are at least `n_win` windows, more where that does not divide, and fewer only where there are fewer tokens.
+    """
+    window = max(side // n_win, 1)
+    return window, -(-side // window)
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return value if isinstance(value, tuple) else (value, value)

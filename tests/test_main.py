@@ -103,6 +103,22 @@ def test_average_of_a_checkpoint_can_be_evaluated(run_small, small_options):
         assert metrics["loss"] == pytest.approx(last[name])
 
 
+def test_fusing_changes_no_figure(run_small, small_options, monkeypatch):
+    folder = run_small("--epochs", "1")
+    evaluate, norms = main.evaluate, []
+
+    def watched(model, *args):
+        norms.append(sum(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()))
+        return evaluate(model, *args)
+
+    monkeypatch.setattr(main, "evaluate", watched)
+    plain, fused = (
+        main.run(small_options("--eval", "--resume", str(folder / LAST), *switch)) for switch in ([], ["--fuse"])
+    )
+    assert norms == [6, 1]
+    assert fused == pytest.approx(plain, rel=1e-5)
+
+
 # -- the same numbers again
 
 

@@ -91,6 +91,7 @@ def test_every_recipe_loads_and_says_what_it_is(path):
         (["--model_kwargs", "n_win"], ["--model_kwargs", "NAME=VALUE"]),
         (["--opt_betas", "fast"], ["--opt_betas", "numbers"]),
         (["--model", "x", "--scale", "0.1"], ["--scale", "two numbers"]),
+        (["--model", "x", "--fuse"], ["--fuse", "add --eval"]),
         (["--local_rank", "first"], ["--local_rank"]),
     ],
 )

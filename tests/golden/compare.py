@@ -6,6 +6,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+CLASSIFIERS = {
+    "debiformer_tiny": (2, 0),
+    "biformer_tiny": (2, 0),
+    "biformer_stl": (1, 6),
+    "biformer_stl_nchw": (1, 7),
+    "maxvit_stl": (1, 8),
+}
+"""Golden files NAME_224.npz: images in the batch, and the seed of images and weights."""
+
 
 def load(name: str) -> dict[str, np.ndarray]:
     with np.load(Path(__file__).parent / f"{name}.npz") as file:

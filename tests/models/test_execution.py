@@ -5,21 +5,22 @@ import copy
 import pytest
 import timm
 import torch
-from golden.compare import load, relative_error
+from golden.compare import CLASSIFIERS, load, relative_error
 from golden.fill import fill, images
 from torch._dynamo.testing import CompileCounter
 
-import models  # noqa: F401
+import models
 from models.attention import BiLevelRoutingAttention
 from models.deformable_attention import DeformableAgentAttention
+from models.stl import PartitionAttention
 
-GOLDEN_NAMES = ["debiformer_tiny", "biformer_tiny"]
 
-
-@pytest.fixture(scope="module", params=GOLDEN_NAMES)
+@pytest.fixture(scope="module", params=CLASSIFIERS)
 def golden_model(request):
     """A float64 model with the weights of the golden file, its golden input and its golden logits."""
-    return fill(timm.create_model(request.param)), images(2, 224, 224), load(f"{request.param}_224")["logits"]
+    batch, seed = CLASSIFIERS[request.param]
+    model = fill(timm.create_model(request.param), seed)
+    return model, images(batch, 224, 224, seed), load(f"{request.param}_224")["logits"]
 
 
 def nano(**kwargs):
@@ -84,6 +85,21 @@ def test_nano_is_one_graph_without_breaks(auto_pad):
     assert graphs.frame_count == 1
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("debiformer_small", "debiformer_base") else ())
+        for name in models.MODEL_NAMES
+    ],
+)
+def test_every_variant_trains_in_one_graph_without_breaks(name):
+    torch._dynamo.reset()
+    model, graphs = timm.create_model(name, drop_path_rate=0.1).train(), CompileCounter()
+    torch.compile(model, backend=graphs, fullgraph=True)(torch.randn(2, 3, 64, 64)).sum().backward()
+    assert graphs.frame_count == 1
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+
+
 @pytest.mark.slow
 def test_compiled_model_gives_the_golden_logits():
     torch._dynamo.reset()
@@ -104,6 +120,9 @@ def test_compiled_model_gives_the_golden_logits():
         ("debiformer_tiny", 221, 223),
         ("biformer_tiny", 224, 224),
         ("biformer_tiny", 112, 109),
+        ("biformer_stl", 224, 115),
+        ("biformer_stl_nchw", 96, 200),
+        ("maxvit_stl", 226, 224),
         ("debiformer_nano", 64, 125),
     ],
 )
@@ -124,12 +143,15 @@ def test_auto_pad_changes_nothing_where_nothing_is_missing(name, height, width):
         pytest.param(
             lambda: DeformableAgentAttention(16, 4, 4, 3, 2, 2, 5, agent_mlp_ratio=2, rpe_size=(8, 8)), id="deformable"
         ),
+        pytest.param(lambda: PartitionAttention(32, size=4, grid=False), id="windows"),
+        pytest.param(lambda: PartitionAttention(32, size=4, grid=True), id="grid"),
     ],
 )
 def test_attention_pads_a_map_with_zeros_right_and_bottom_and_crops_the_output(attention, height, width):
     module = fill(attention())
-    x = torch.randn(2, height, width, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    padded = x.new_zeros(2, -(-height // 4) * 4, -(-width // 4) * 4, 16)
+    width_of = 32 if isinstance(module, PartitionAttention) else 16
+    x = torch.randn(2, height, width, width_of, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    padded = x.new_zeros(2, -(-height // 4) * 4, -(-width // 4) * 4, width_of)
     padded[:, :height, :width] = x
     out = module(x)
     assert out.shape == x.shape
@@ -139,7 +161,10 @@ def test_attention_pads_a_map_with_zeros_right_and_bottom_and_crops_the_output(a
 # -- recomputation ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "side"), [("debiformer_nano", 64), ("debiformer_tiny", 96), ("biformer_tiny", 96)])
+@pytest.mark.parametrize(
+    ("name", "side"),
+    [("debiformer_nano", 64), ("debiformer_tiny", 96), ("biformer_tiny", 96), ("biformer_stl", 64), ("maxvit_stl", 64)],
+)
 def test_gradient_checkpointing_gives_the_same_gradients(name, side):
     model, x = fill(timm.create_model(name)).train(), images(2, side, side)
     expected = gradients(model, x)

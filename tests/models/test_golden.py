@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from golden.compare import keys_and_shapes, load, relative_error, sample
+from golden.compare import CLASSIFIERS, keys_and_shapes, load, relative_error, sample
 from golden.fill import fill, images
 from torch import Tensor, nn
 
@@ -54,8 +54,9 @@ class Run:
     def __init__(self, name: str) -> None:
         self.expected = load(f"{name}_224")
         self.keys = self.expected.pop("keys").tolist()
-        self.model = fill(timm.create_model(name), seed=0)
-        self.actual = observe(self.model, images(2, 224, 224, seed=0))
+        batch, seed = CLASSIFIERS[name]
+        self.model = fill(timm.create_model(name), seed)
+        self.actual = observe(self.model, images(batch, 224, 224, seed))
 
     def errors(self, *kinds: str) -> dict[str, float]:
         """Relative errors of the golden entries whose name contains one of `kinds`."""
@@ -64,9 +65,13 @@ class Run:
         return {name: relative_error(self.actual[name], self.expected[name]) for name in names}
 
 
-@pytest.fixture(scope="module", params=["debiformer_tiny", "biformer_tiny"])
+@pytest.fixture(scope="module", params=CLASSIFIERS)
 def run(request) -> Run:
     return Run(request.param)
+
+
+with_attention = pytest.mark.parametrize("run", ["debiformer_tiny", "biformer_tiny"], indirect=True)
+"""The files that look inside the attention."""
 
 
 def assert_small(errors: dict[str, float]) -> None:
@@ -89,10 +94,12 @@ def test_stage_outputs(run):
     assert_small(run.errors("stage0", "stage1", "stage2", "stage3"))
 
 
+@with_attention
 def test_attention_outputs(run):
     assert_small(run.errors(".out.sample"))
 
 
+@with_attention
 def test_routing_keeps_the_same_windows_in_the_same_order(run):
     names = [name for name in run.expected if name.endswith(".router.idx")]
     assert names
@@ -100,6 +107,7 @@ def test_routing_keeps_the_same_windows_in_the_same_order(run):
         np.testing.assert_array_equal(run.actual[name].numpy(), run.expected[name], err_msg=name)
 
 
+@with_attention
 def test_routing_weights(run):
     assert_small(run.errors(".router.weight"))
 

@@ -6,6 +6,7 @@ import math
 import pytest
 import timm
 import torch
+from timm.layers.pos_embed_rel import RelPosBiasTf
 from timm.models import group_parameters, load_checkpoint
 from timm.models._features_fx import create_feature_extractor
 from timm.models._manipulate import group_modules
@@ -18,7 +19,7 @@ from models.deformable_attention import DeformableAgentAttention
 
 ALIASES = {"debi_tiny": "debiformer_tiny", "debi_small": "debiformer_small", "debi_base": "debiformer_base"}
 ALL_NAMES = [*models.MODEL_NAMES, *ALIASES]
-CHEAP_NAMES = ["debiformer_nano", "debiformer_tiny", "biformer_tiny"]
+CHEAP_NAMES = ["debiformer_nano", "debiformer_tiny", "biformer_tiny", "biformer_stl", "biformer_stl_nchw", "maxvit_stl"]
 
 every_name = pytest.mark.parametrize("name", ALL_NAMES)
 every_variant = pytest.mark.parametrize("name", models.MODEL_NAMES)
@@ -35,6 +36,12 @@ def outline(name: str) -> nn.Module:
     """The model without memory for its parameters; shared, for reading only."""
     with torch.device("meta"):
         return timm.create_model(name)
+
+
+def parameters_of(model: nn.Module, part: nn.Module) -> set[str]:
+    """Names of the model's parameters that belong to one of its modules."""
+    members = set(map(id, part.parameters()))
+    return {name for name, parameter in model.named_parameters() if id(parameter) in members}
 
 
 def native_images(model: nn.Module, batch: int = 1) -> Tensor:
@@ -94,7 +101,7 @@ def test_name_is_listed(name):
 
 
 def test_model_names_holds_every_registered_variant_once():
-    registered = {*timm.list_models("debiformer_*"), *timm.list_models("biformer_*")}
+    registered = {name for pattern in ("debiformer_*", "biformer_*", "*_stl*") for name in timm.list_models(pattern)}
     assert sorted(models.MODEL_NAMES) == sorted(registered)
 
 
@@ -296,9 +303,9 @@ def test_layer_groups_run_from_stem_to_head(name):
         if i > 0:
             depth.append(depth[-1] + 1)
             assert {layer[n] for n in layer if n.startswith(f"downsample_layers.{i}.")} == {depth[-1]}
-        for j in range(len(blocks)):
+        for block in blocks:
             depth.append(depth[-1] + 1)
-            assert {layer[n] for n in layer if n.startswith(f"stages.{i}.{j}.")} == {depth[-1]}
+            assert {layer[n] for n in parameters_of(model, block)} == {depth[-1]}
     assert {layer[n] for n in layer if n.startswith("downsample_layers.0.")} == {0}
     assert layer["norm.weight"] == layer["norm.bias"] == depth[-1]
     assert layer["head.weight"] == layer["head.bias"] == depth[-1] + 1
@@ -336,19 +343,23 @@ def test_layer_decay_scales_learning_rates_from_stem_to_head(name):
     assert set(scale) == set(names.values())
     num_layers = 1 + 3 + sum(len(blocks) for blocks in model.stages) + 1
     assert scale["downsample_layers.0.0.weight"] == 0.5 ** (num_layers - 1)
-    assert scale["norm.weight"] == scale["stages.3.0.norm1.weight"] * 2.0 ** (len(model.stages[3]) - 1) == 0.5
+    assert scale["norm.weight"] == 0.5
+    last = model.stages[3]
+    assert {scale[n] for n in parameters_of(model, last[0])} == {0.5 ** len(last)}
     assert scale["head.weight"] == 1
-    undecayed = {n for n, p in model.named_parameters() if p.ndim == 1 or n.endswith("rpe_table")}
+    undecayed = {n for n, p in model.named_parameters() if p.ndim == 1 or n in model.no_weight_decay()}
     assert {n for n in decay if decay[n] == 0} == undecayed
 
 
 @every_name
 def test_weight_decay_spares_exactly_the_position_tables(name):
     model = outline(name)
-    tables = {f"{n}.rpe_table" for n, m in model.named_modules() if isinstance(m, DeformableAgentAttention)}
+    modules = dict(model.named_modules())
+    tables = {f"{n}.rpe_table" for n, m in modules.items() if isinstance(m, DeformableAgentAttention)}
+    tables |= {f"{n}.relative_position_bias_table" for n, m in modules.items() if isinstance(m, RelPosBiasTf)}
     assert model.no_weight_decay() == tables
     assert tables <= {n for n, _ in model.named_parameters()}
-    assert bool(tables) == name.startswith("debi")
+    assert bool(tables) == name.startswith(("debi", "maxvit"))
 
 
 # -- checkpoints --------------------------------------------------------------------------------------------------

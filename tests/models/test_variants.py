@@ -7,6 +7,7 @@ import torch
 import models
 from models.attention import BiLevelRoutingAttention, FullAttention, Router
 from models.deformable_attention import DeformableAgentAttention
+from models.stl import PartitionAttention, PooledRoutingAttention
 
 DEPTHS = {
     "debiformer_tiny": (1, 1, 4, 1),
@@ -15,6 +16,9 @@ DEPTHS = {
     "biformer_tiny": (2, 2, 8, 2),
     "biformer_small": (4, 4, 18, 4),
     "biformer_base": (4, 4, 18, 4),
+    "biformer_stl": (2, 2, 6, 2),
+    "biformer_stl_nchw": (2, 2, 6, 2),
+    "maxvit_stl": (2, 2, 6, 2),
 }
 DROP_PATH_RATES = {"debiformer_small": 0.3, "debiformer_base": 0.4}
 OFFSET_GROUPS = {"debiformer_tiny": (1, 2, 4, 8), "debiformer_small": (1, 2, 4, 8), "debiformer_base": (1, 2, 3, 6)}
@@ -38,8 +42,11 @@ def test_depths_and_default_stochastic_depth(variant):
 
 def test_routing_uses_7_windows_and_the_published_top_k(variant):
     name, model = variant
+    if name == "maxvit_stl":
+        assert modules_of(model, Router) == []
+        return
     for stage, topk in zip(model.stages, (1, 4, 16, None), strict=True):
-        attentions = modules_of(stage, BiLevelRoutingAttention)
+        attentions = modules_of(stage, (BiLevelRoutingAttention, PooledRoutingAttention))
         assert len(attentions) == (len(stage) if topk else 0)
         assert {attention.router.topk for attention in attentions} == ({topk} if topk else set())
     for stage, topk in zip(model.stages, (4, 8, 16, 49), strict=True):
@@ -51,7 +58,8 @@ def test_routing_uses_7_windows_and_the_published_top_k(variant):
 def test_heads_are_32_channels_wide_but_for_plain_attention_with_8_heads(variant):
     _, model = variant
     for stage, info in zip(model.stages, model.feature_info, strict=True):
-        for module in modules_of(stage, (BiLevelRoutingAttention, DeformableAgentAttention)):
+        kinds = (BiLevelRoutingAttention, DeformableAgentAttention, PooledRoutingAttention, PartitionAttention)
+        for module in modules_of(stage, kinds):
             assert info["num_chs"] == 32 * module.num_heads
         for module in modules_of(stage, FullAttention):
             assert module.num_heads == 8
@@ -70,7 +78,7 @@ def test_agents_lie_on_the_published_grids(variant):
             assert module.rpe_table.shape == (module.num_heads, 2 * side - 1, 2 * side - 1)
 
 
-@pytest.mark.parametrize("name", ["debiformer_tiny", "biformer_tiny"])
+@pytest.mark.parametrize("name", ["debiformer_tiny", "biformer_tiny", "biformer_stl", "biformer_stl_nchw"])
 def test_norms_use_the_published_epsilons(name):
     with torch.device("meta"):
         model = timm.create_model(name)
@@ -81,6 +89,26 @@ def test_norms_use_the_published_epsilons(name):
             assert module.eps == 1e-5, key
 
 
+def test_maxvit_has_layer_norms_of_two_epsilons_and_no_other_norm():
+    model = timm.create_model("maxvit_stl")
+    for key, module in model.named_modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            assert module.eps == (1e-5 if key.startswith("stages.") else 1e-6), key
+    assert modules_of(model, torch.nn.BatchNorm2d) == []
+
+
+def test_maxvit_takes_turns_between_windows_and_grids():
+    for stage in timm.create_model("maxvit_stl").stages:
+        assert [(block.attn.size, block.attn.grid) for block in stage] == [(7, False), (7, True)] * (len(stage) // 2)
+
+
+def test_only_the_pointwise_variant_of_stl_reads_values_for_lepe_and_has_no_linear_layer_but_its_head():
+    for name, pointwise in (("biformer_stl", False), ("biformer_stl_nchw", True)):
+        model = timm.create_model(name)
+        assert {attention.lepe_on_values for attention in modules_of(model, FullAttention)} == {pointwise}
+        assert (modules_of(model, torch.nn.Linear) == [model.head]) == pointwise
+
+
 def test_debiformer_starts_with_narrow_position_tables():
     torch.manual_seed(0)
     for name, parameter in timm.create_model("debiformer_tiny").named_parameters():
@@ -88,12 +116,13 @@ def test_debiformer_starts_with_narrow_position_tables():
             assert 0.009 < parameter.std() < 0.011, name
 
 
-def test_biformer_starts_with_narrow_linear_layers_without_bias():
+@pytest.mark.parametrize("name", ["biformer_tiny", "biformer_stl", "biformer_stl_nchw", "maxvit_stl"])
+def test_biformer_starts_with_narrow_linear_layers_without_bias(name):
     torch.manual_seed(0)
-    for name, module in timm.create_model("biformer_tiny").named_modules():
-        if isinstance(module, torch.nn.Linear):
-            assert 0.019 < module.weight.std() < 0.021, name
-            assert module.bias is None or not module.bias.any(), name
+    for key, module in timm.create_model(name).named_modules():
+        if isinstance(module, torch.nn.Linear) or getattr(module, "kernel_size", None) == (1, 1):
+            assert 0.019 < module.weight.std() < 0.021, key
+            assert module.bias is None or not module.bias.any(), key
 
 
 @pytest.mark.parametrize("topk", [0, -1, 5])
