@@ -1,8 +1,8 @@
-"""What the Triton kernels share: how they are launched, and the two loads that all of them make.
+"""What the Triton kernels share: how they are launched, and the steps that all of them take.
 
-A kernel's configuration (block sizes, warps, pipeline stages) is chosen by Triton's autotuner, once per size class, on
-the GPU itself. Where the choice must not vary, in the interpreter and under torch.use_deterministic_algorithms, the
-first configuration is taken: block sizes decide the order of summation.
+A kernel's configuration (block sizes, warps, pipeline stages) is chosen by Triton's autotuner on the GPU itself, once
+per size class and machine. Block sizes decide the order of summation; so under torch.use_deterministic_algorithms a
+rule chooses instead, and in the interpreter the smallest blocks, for then loops go round.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,20 +19,41 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 class Kernel:
-    """A jitted kernel with its configurations; call it with a grid and its arguments.
+    """A jitted kernel and its configurations, largest blocks first; call it with a grid and its arguments by name.
 
-    key: names of the arguments that make up the size class.
+    The size class are the constants SIZE_M and SIZE_N, which bound BLOCK_M and BLOCK_N, and those named in `key`.
     """
 
     def __init__(self, function: Any, configs: Sequence[triton.Config], key: Sequence[str]) -> None:
         self.function, self.configs = function, list(configs)
-        self.tuned = function if INTERPRETED.value else triton.autotune(self.configs, key=list(key))(function)
+        if not INTERPRETED.value:
+            prune = {"early_config_prune": lambda _configs, arguments, **constants: self.fitting(arguments | constants)}
+            key = ["SIZE_M", "SIZE_N", *key]
+            self.tuned = triton.autotune(self.configs, key, prune_configs_by=prune, cache_results=True)(function)
 
-    def __call__(self, grid: Callable[[dict[str, int]], tuple[int, ...]], *args: Any, **constants: Any) -> None:
-        if INTERPRETED.value or torch.are_deterministic_algorithms_enabled():
-            self.function[grid](*args, **constants, **self.configs[0].all_kwargs())
+    def fitting(self, arguments: dict[str, Any]) -> list[triton.Config]:
+        """Configurations whose blocks are not larger than the problem; the last if none is."""
+        size_m, size_n = arguments["SIZE_M"], arguments["SIZE_N"]
+        blocks = (config.kwargs for config in self.configs)
+        fit = [block["BLOCK_M"] <= size_m and block["BLOCK_N"] <= size_n for block in blocks]
+        return [config for config, fits in zip(self.configs, fit, strict=True) if fits] or self.configs[-1:]
+
+    def reproducible(self, arguments: dict[str, Any]) -> triton.Config:
+        """The largest configuration whose pipelined tiles leave room in the shared memory of any recent GPU."""
+        row = arguments["BLOCK_D"] * arguments["q_ptr"].element_size()
+        *larger, smallest = self.fitting(arguments)
+        for config in larger:
+            if row * config.num_stages * (config.kwargs["BLOCK_M"] + config.kwargs["BLOCK_N"]) <= 48 * 1024:
+                return config
+        return smallest
+
+    def __call__(self, grid: Callable[[dict[str, int]], tuple[int, ...]], **arguments: Any) -> None:
+        if INTERPRETED.value:
+            self.function[grid](**arguments, **self.configs[-1].all_kwargs())
+        elif torch.are_deterministic_algorithms_enabled():
+            self.function[grid](**arguments, **self.reproducible(arguments).all_kwargs())
         else:
-            self.tuned[grid](*args, **constants)
+            self.tuned[grid](**arguments)
 
 
 def configs(*blocks: tuple[int, int, int, int]) -> list[triton.Config]:

@@ -19,6 +19,8 @@ _backward_kv One program: BLOCK_N key tokens of one window and head. The queries
 Programs of the heads of one window follow each other, so that the routed rows they share are still in the cache.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -203,36 +205,28 @@ def _backward_kv(
     store_rows(dv_ptr + head_first, rows, is_key, channel, dv, HEAD_DIM, BLOCK_D)
 
 
-_SIZE_CLASS = ("HEAD_DIM", "SIZE_M", "SIZE_N", "HAS_MASK", "PRECISION")
-_run_forward = Kernel(
-    _forward,
-    configs((16, 64, 4, 2), (16, 32, 2, 3), (16, 64, 2, 3), (16, 128, 4, 2), (32, 64, 4, 3), (64, 32, 4, 3))
-    + configs((64, 64, 4, 3), (64, 128, 4, 2), (128, 64, 8, 3)),
-    _SIZE_CLASS,
+_KEY = ("HEAD_DIM", "HAS_MASK", "PRECISION")
+_QUERY_BLOCKS = configs(
+    *((128, 64, 8, 3), (64, 128, 4, 2), (64, 64, 4, 3), (64, 64, 8, 2), (64, 32, 4, 3), (32, 64, 4, 3)),
+    *((32, 32, 4, 3), (16, 128, 4, 2), (16, 64, 4, 2), (16, 64, 2, 3), (16, 32, 2, 3), (16, 16, 1, 3)),
 )
-_run_backward_q = Kernel(
-    _backward_q,
-    configs((16, 64, 4, 2), (16, 32, 2, 3), (16, 64, 2, 2), (32, 32, 4, 3), (32, 64, 4, 2), (64, 32, 4, 2))
-    + configs((64, 64, 4, 2), (64, 64, 8, 2)),
-    _SIZE_CLASS,
+_KEY_BLOCKS = configs(
+    *((64, 64, 8, 2), (64, 64, 4, 2), (32, 64, 4, 2), (64, 32, 4, 2), (32, 32, 4, 3)),
+    *((64, 16, 4, 2), (64, 16, 2, 2), (32, 16, 2, 3), (16, 16, 1, 3)),
 )
-_run_backward_kv = Kernel(
-    _backward_kv,
-    configs((64, 16, 4, 2), (32, 16, 2, 3), (64, 16, 2, 2), (32, 32, 4, 3), (64, 32, 4, 2), (32, 64, 4, 2))
-    + configs((64, 64, 4, 2), (64, 64, 8, 2)),
-    _SIZE_CLASS,
-)
+_run_forward = Kernel(_forward, _QUERY_BLOCKS, _KEY)
+_run_backward_q = Kernel(_backward_q, _QUERY_BLOCKS, _KEY)
+_run_backward_kv = Kernel(_backward_kv, _KEY_BLOCKS, _KEY)
 
 
-def _describe(q: Tensor, k: Tensor, v: Tensor, idx: Tensor, key_mask: Tensor | None, num_heads: int) -> dict[str, int]:
-    """The arguments that all kernels take, by name. Key block sizes and the like are bounded by the size classes."""
+def _describe(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, num_heads: int) -> dict[str, Any]:
+    """The arguments that all kernels take, by name, but for the size class, which is theirs."""
     w_q, w, head_dim = q.shape[2], k.shape[2], q.shape[3] // num_heads
     return {
         **{f"{name}_window": x.stride(1) for name, x in zip("qkv", (q, k, v), strict=True)},
         **{f"{name}_token": x.stride(2) for name, x in zip("qkv", (q, k, v), strict=True)},
         **{"num_heads": num_heads, "w_q": w_q, "w": w, "HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim)},
         **{"HAS_MASK": key_mask is not None, "PRECISION": precision(q.dtype)},
-        **{"SIZE_M": padded(w_q), "SIZE_N": padded(w * idx.shape[2])},
     }
 
 
@@ -241,6 +235,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """See `ops.routed_attention`. Returns out (B, P, w_q, C) and lse (B, P, m, w_q), in base 2, for `backward`."""
     b, p, w_q, _ = q.shape
+    w = k.shape[2]
     q, k, v, idx = as_rows(q), as_rows(k), as_rows(v), idx.contiguous()
     mask = None if key_mask is None else key_mask.contiguous()
     out = q.new_empty(q.shape)
@@ -248,7 +243,7 @@ def forward(
     _run_forward(
         lambda block: (b * p * triton.cdiv(w_q, block["BLOCK_M"]) * num_heads,),
         q_ptr=q, k_ptr=k, v_ptr=v, idx_ptr=idx, mask_ptr=mask, out_ptr=out, lse_ptr=lse,
-        windows=p, topk=idx.shape[2], scale=scale, **_describe(q, k, v, idx, mask, num_heads),
+        windows=p, topk=idx.shape[2], scale=scale, SIZE_M=padded(w_q), SIZE_N=padded(w * idx.shape[2]), **_describe(q, k, v, mask, num_heads),
     )  # fmt: skip
     return out, lse
 
@@ -279,19 +274,22 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, contiguous."""
     b, p, w_q, _ = q.shape
+    w = k.shape[2]
     q, k, v, idx, grad = as_rows(q), as_rows(k), as_rows(v), idx.contiguous(), grad.contiguous()
     mask = None if key_mask is None else key_mask.contiguous()
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     delta = torch.empty_like(lse)
     common = {"mask_ptr": mask, "lse_ptr": lse, "delta_ptr": delta, "scale": scale}
-    common |= {"grad_ptr": grad, "q_ptr": q, "k_ptr": k, "v_ptr": v, **_describe(q, k, v, idx, mask, num_heads)}
+    common |= {"grad_ptr": grad, "q_ptr": q, "k_ptr": k, "v_ptr": v, **_describe(q, k, v, mask, num_heads)}
     _run_backward_q(
         lambda block: (b * p * triton.cdiv(w_q, block["BLOCK_M"]) * num_heads,),
-        idx_ptr=idx, out_ptr=out, dq_ptr=dq, windows=p, topk=idx.shape[2], **common,
+        idx_ptr=idx, out_ptr=out, dq_ptr=dq, windows=p, topk=idx.shape[2],
+        SIZE_M=padded(w_q), SIZE_N=padded(w * idx.shape[2]), **common,
     )  # fmt: skip
     readers, first = invert_routes(idx)
     _run_backward_kv(
-        lambda block: (b * p * triton.cdiv(k.shape[2], block["BLOCK_N"]) * num_heads,),
-        readers_ptr=readers, first_ptr=first, dk_ptr=dk, dv_ptr=dv, **common,
+        lambda block: (b * p * triton.cdiv(w, block["BLOCK_N"]) * num_heads,),
+        readers_ptr=readers, first_ptr=first, dk_ptr=dk, dv_ptr=dv,
+        SIZE_M=padded(w_q * idx.shape[2]), SIZE_N=padded(w), **common,
     )  # fmt: skip
     return dq, dk, dv
