@@ -77,7 +77,9 @@ class _Problem:
         origin = torch.stack([(1 - agent_y) * ((self.height - 1) / 2), (1 - agent_x) * ((self.width - 1) / 2)])
         cell = origin.floor()
         y, x = cell.long().repeat_interleave(self.num_heads // self.groups, dim=2)  # (I, m, N)
-        fraction_y, fraction_x = (origin - cell).repeat_interleave(self.num_heads // self.groups, dim=2)[..., None, None]
+        fraction_y, fraction_x = (origin - cell).repeat_interleave(self.num_heads // self.groups, dim=2)[
+            ..., None, None
+        ]
         y = y.clamp(-self.height - 1, 2 * self.height - 1) + self.height + 1 + rows.start
         x = x.clamp(-self.width - 1, 2 * self.width - 1) + self.width + 1
         blocks = self.padded_table.unfold(1, rows.stop - rows.start + 1, 1).unfold(2, self.width + 1, 1)

@@ -6,6 +6,7 @@ Letters: B batch, P windows, w tokens per window, C channels, m heads, k routed 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from . import routed_torch
 from .backend import WORKSPACE, choose_backend
@@ -167,3 +168,18 @@ def _grads_triton(ctx, grad, _):  # noqa: ANN001, ANN202
 
 _torch.register_autograd(_grads_torch, setup_context=_save_torch)
 _triton.register_autograd(_grads_triton, setup_context=_save_triton)
+
+
+# PyTorch's counter of floating-point operations: two matrix products forward; backward five, logits being recomputed.
+
+
+@register_flop_formula([torch.ops.debiformer.routed_attention_torch, torch.ops.debiformer.routed_attention_triton])
+def _flops(q_shape, k_shape, v_shape, idx_shape, *_, **__) -> int:  # noqa: ANN001, ANN002, ANN003
+    return 4 * q_shape.numel() * idx_shape[2] * k_shape[2]
+
+
+@register_flop_formula(
+    [torch.ops.debiformer.routed_attention_torch_backward, torch.ops.debiformer.routed_attention_triton_backward]
+)
+def _backward_flops(grad_shape, q_shape, k_shape, v_shape, idx_shape, *_, **__) -> int:  # noqa: ANN001, ANN002, ANN003
+    return 10 * q_shape.numel() * idx_shape[2] * k_shape[2]

@@ -43,7 +43,7 @@ from .launch_triton import (
 
 @triton.jit
 def _routed_keys(start, idx_ptr, window, windows, topk, w, BLOCK_N: tl.constexpr):
-    """Keys start .. start+BLOCK_N of a query window: the window each lies in, its token there, and whether it exists."""
+    """Keys start .. start+BLOCK_N of a query window: where each lies (window, token), and whether it exists."""
     n = start + tl.arange(0, BLOCK_N)
     exists = n < topk * w
     slot = n // w
@@ -243,7 +243,8 @@ def forward(
     _run_forward(
         lambda block: (b * p * triton.cdiv(w_q, block["BLOCK_M"]) * num_heads,),
         q_ptr=q, k_ptr=k, v_ptr=v, idx_ptr=idx, mask_ptr=mask, out_ptr=out, lse_ptr=lse,
-        windows=p, topk=idx.shape[2], scale=scale, SIZE_M=padded(w_q), SIZE_N=padded(w * idx.shape[2]), **_describe(q, k, v, mask, num_heads),
+        windows=p, topk=idx.shape[2], scale=scale, SIZE_M=padded(w_q), SIZE_N=padded(w * idx.shape[2]),
+        **_describe(q, k, v, mask, num_heads),
     )  # fmt: skip
     return out, lse
 
