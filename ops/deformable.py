@@ -7,6 +7,10 @@ Positions are (y, x) in [-1, 1], where -1 and 1 are the centres of the first and
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import deformable_torch
+from .backend import WORKSPACE, choose_backend
 
 
 def reference_points(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -63,13 +67,38 @@ def relative_position_bias(rpe_table: Tensor, positions: Tensor, height: int, wi
 
 
 def deformable_attention(
-    q: Tensor, k: Tensor, v: Tensor, rpe_table: Tensor, positions: Tensor, num_heads: int, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpe_table: Tensor,
+    positions: Tensor,
+    num_heads: int,
+    scale: float,
+    backend: str | None = None,
+    workspace: int = WORKSPACE,
 ) -> Tensor:
     """Every token attends to all agents, with a bias read at their relative position.
 
     q: (B, H, W, C) tokens; k, v: (B, Ha, Wa, C) agents; rpe_table: (m, 2Q-1, 2Q-1);
-    positions: (B, Ha, Wa, g, 2). Returns (B, H, W, C).
+    positions: (B, Ha, Wa, g, 2), float32 at least.
+    backend: see `ops.backend`; ValueError for one that cannot run.
+    workspace: bytes that "torch" may use for biases and logits at a time, at least those of one row of tokens, and
+    "triton", in backward alone, for gradients of logits, at least those of one image and 16 agents.
+    Returns (B, H, W, C).
     """
+    name = choose_backend(backend, q, num_heads)
+    k, v = k.to(q.dtype), v.to(q.dtype)  # under autocast they may come from different layers
+    if name == "reference":
+        return deformable_attention_reference(q, k, v, rpe_table, positions, num_heads, scale)
+    if name == "triton":
+        return _triton(q, k, v, rpe_table, positions, num_heads, scale, workspace)[0]
+    return _torch(q, k, v, rpe_table, positions, num_heads, scale, workspace)
+
+
+def deformable_attention_reference(
+    q: Tensor, k: Tensor, v: Tensor, rpe_table: Tensor, positions: Tensor, num_heads: int, scale: float
+) -> Tensor:
+    """`deformable_attention` with the whole bias in memory and PyTorch's own attention."""
     b, h, w, c = q.shape
 
     def heads(x: Tensor) -> Tensor:  # (B, y, x, C) -> (B, m, y*x, C/m)
@@ -78,3 +107,124 @@ def deformable_attention(
     bias = relative_position_bias(rpe_table, positions.flatten(1, 2), h, w).to(q.dtype)
     out = F.scaled_dot_product_attention(heads(q), heads(k), heads(v), attn_mask=bias, scale=scale)
     return out.transpose(1, 2).reshape(b, h, w, c)
+
+
+# -- the backends as operators, as in `routed` --------------------------------------------------------------------
+
+
+@torch.library.custom_op("debiformer::deformable_attention_torch", mutates_args=())
+def _torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpe_table: Tensor,
+    positions: Tensor,
+    num_heads: int,
+    scale: float,
+    workspace: int,
+) -> Tensor:
+    return deformable_torch.forward(q, k, v, rpe_table, positions, num_heads, scale, workspace)
+
+
+@torch.library.custom_op("debiformer::deformable_attention_torch_backward", mutates_args=())
+def _torch_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpe_table: Tensor,
+    positions: Tensor,
+    num_heads: int,
+    scale: float,
+    workspace: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    return deformable_torch.backward(grad, q, k, v, rpe_table, positions, num_heads, scale, workspace)
+
+
+@torch.library.custom_op("debiformer::deformable_attention_triton", mutates_args=())
+def _triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpe_table: Tensor,
+    positions: Tensor,
+    num_heads: int,
+    scale: float,
+    workspace: int,
+) -> tuple[Tensor, Tensor]:
+    from . import deformable_triton
+
+    return deformable_triton.forward(q, k, v, rpe_table, positions, num_heads, scale)
+
+
+@torch.library.custom_op("debiformer::deformable_attention_triton_backward", mutates_args=())
+def _triton_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpe_table: Tensor,
+    positions: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    num_heads: int,
+    scale: float,
+    workspace: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from . import deformable_triton
+
+    return deformable_triton.backward(grad, q, k, v, rpe_table, positions, out, lse, num_heads, scale, workspace)
+
+
+@_torch.register_fake
+def _(q, *_):  # noqa: ANN001, ANN002, ANN202
+    return q.new_empty(q.shape)
+
+
+@_triton.register_fake
+def _(q, k, v, rpe_table, positions, num_heads, *_):  # noqa: ANN001, ANN002, ANN202
+    b, h, w, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((b, num_heads, h * w), dtype=torch.float32)
+
+
+@_torch_backward.register_fake
+@_triton_backward.register_fake
+def _(grad, *tensors_and_options):  # noqa: ANN001, ANN002, ANN202
+    return tuple(x.new_empty(x.shape) for x in tensors_and_options[:5])
+
+
+def _save(ctx, inputs, output) -> None:  # noqa: ANN001
+    *tensors, ctx.num_heads, ctx.scale, ctx.workspace = inputs
+    ctx.save_for_backward(*tensors, *(output if isinstance(output, tuple) else ()))
+
+
+def _grads_torch(ctx, grad):  # noqa: ANN001, ANN202
+    return *_torch_backward(grad, *ctx.saved_tensors, ctx.num_heads, ctx.scale, ctx.workspace), None, None, None
+
+
+def _grads_triton(ctx, grad, _):  # noqa: ANN001, ANN202
+    return *_triton_backward(grad, *ctx.saved_tensors, ctx.num_heads, ctx.scale, ctx.workspace), None, None, None
+
+
+_torch.register_autograd(_grads_torch, setup_context=_save)
+_triton.register_autograd(_grads_triton, setup_context=_save)
+
+
+# PyTorch's counter of floating-point operations: two matrix products forward; backward five, logits being recomputed.
+
+
+@register_flop_formula(
+    [torch.ops.debiformer.deformable_attention_torch, torch.ops.debiformer.deformable_attention_triton]
+)
+def _flops(q_shape, k_shape, *_, **__) -> int:  # noqa: ANN001, ANN002, ANN003
+    return 4 * q_shape.numel() * k_shape[1] * k_shape[2]
+
+
+@register_flop_formula(
+    [
+        torch.ops.debiformer.deformable_attention_torch_backward,
+        torch.ops.debiformer.deformable_attention_triton_backward,
+    ]
+)
+def _backward_flops(grad_shape, q_shape, k_shape, *_, **__) -> int:  # noqa: ANN001, ANN002, ANN003
+    return 10 * q_shape.numel() * k_shape[1] * k_shape[2]

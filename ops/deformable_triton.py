@@ -1,0 +1,406 @@
+"""Deformable attention in Triton: biases are sampled where they are added, logits and biases never reach memory.
+
+Letters: B batch, T = H*W tokens, N agents, C channels, m heads of D = C/m, g offset groups, Th x Tw cells of a head's
+table. Tensors q, out (B, H, W, C), k, v (B, Ha, Wa, C), rpe_table (m, Th, Tw) and positions (B, Ha, Wa, g, 2) stay as
+they lie. Token (i, j) reads agent n's bias at the cell (i * step_y + origin_y[n], j * step_x + origin_x[n]) of the
+table, between four of its entries, where step = (Th-1) / 2 / (H-1) and origin = (Th-1) * (1 - position) / 4: neighbours
+along a row of tokens read neighbours in the table, which stays in the cache. Logits and weights are powers of two.
+
+_forward         One program: BLOCK_M tokens of one image and head; all agents, BLOCK_N at a time, by online softmax.
+                 Writes out and lse (B, m, T) in base 2.
+_backward_q      The same for dq, and delta (B, m, T) = sum(grad * out) on the way.
+_backward_agents One program: BLOCK_N agents of one image and head, and one share of the tokens. Its sums for k, v and
+                 the agents' positions go to a place of its own, (shares, B, N, C) and (shares, B, m, N, 2) in float32,
+                 and are added up afterwards. It also leaves the gradients of its logits, (B, m, N, T) in q's type, for
+                 as many images and agents at a time as the workspace takes.
+_backward_table  One program: a tile of one head's table and one share of the (image, agent) pairs. Each cell asks which
+                 tokens read it, the inverse of the line above, and adds up their gradients: a gather, no atomics.
+
+So every sum has a fixed order, and every run gives the same bits.
+"""
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .launch_triton import (
+    LOG2E,
+    Kernel,
+    as_rows,
+    configs,
+    dot,
+    load_rows,
+    padded,
+    precision,
+    rounded,
+    softmax_step,
+    store_rows,
+)
+
+_PROGRAMS = 1024
+"""As many as fill a large GPU a few times; where there are fewer, the work of one is shared out."""
+_TILE_ROWS, _TILE_COLUMNS = 8, 64
+
+
+@triton.jit
+def _origins(positions_ptr, image, agent, is_agent, group, agents, groups, table_h, table_w):
+    """Where in the table, in cells, the first token reads the agents' biases."""
+    at = positions_ptr + ((image * agents + agent) * groups + group) * 2
+    y = tl.load(at, mask=is_agent, other=0.0).to(tl.float32)
+    x = tl.load(at + 1, mask=is_agent, other=0.0).to(tl.float32)
+    return (table_h - 1) * 0.25 * (1.0 - y), (table_w - 1) * 0.25 * (1.0 - x)
+
+
+@triton.jit
+def _entry(table_ptr, row, column, table_h, table_w):
+    inside = (row >= 0) & (row < table_h) & (column >= 0) & (column < table_w)
+    return tl.load(table_ptr + row * table_w + column, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _sample(table_ptr, y, x, table_h, table_w):
+    """Bilinear reads of one head's table, zeros outside, and their derivatives by y and x."""
+    row, column = tl.floor(y), tl.floor(x)
+    y, x = y - row, x - column
+    row, column = row.to(tl.int32), column.to(tl.int32)
+    a = _entry(table_ptr, row, column, table_h, table_w)
+    b = _entry(table_ptr, row, column + 1, table_h, table_w)
+    c = _entry(table_ptr, row + 1, column, table_h, table_w)
+    d = _entry(table_ptr, row + 1, column + 1, table_h, table_w)
+    upper, lower = a + x * (b - a), c + x * (d - c)
+    return upper + y * (lower - upper), lower - upper, b - a + y * (d - c - b + a)
+
+
+@triton.jit
+def _forward(
+    q_ptr, k_ptr, v_ptr, table_ptr, positions_ptr, out_ptr, lse_ptr,
+    q_image, q_token, k_image, k_token, v_image, v_token,
+    num_heads, groups, tokens, width, agents, table_h, table_w, step_y, step_x, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    SIZE_M: tl.constexpr, SIZE_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0) % num_heads
+    blocks = tl.cdiv(tokens, BLOCK_M)
+    image = (tl.program_id(0) // num_heads // blocks).to(tl.int64)
+    token = tl.program_id(0) // num_heads % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_token = token < tokens
+    row, column = (token // width).to(tl.float32) * step_y, (token % width).to(tl.float32) * step_x
+    group = head // (num_heads // groups)
+    table_ptr += head * table_h * table_w
+    first = head * HEAD_DIM
+    channel = tl.arange(0, BLOCK_D)
+    q = load_rows(q_ptr + image * q_image + first, token * q_token, is_token, channel, HEAD_DIM, BLOCK_D)
+
+    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(0, agents, BLOCK_N):
+        agent = start + tl.arange(0, BLOCK_N)
+        is_agent = agent < agents
+        k = load_rows(k_ptr + image * k_image + first, agent * k_token, is_agent, channel, HEAD_DIM, BLOCK_D)
+        v = load_rows(v_ptr + image * v_image + first, agent * v_token, is_agent, channel, HEAD_DIM, BLOCK_D)
+        y, x = _origins(positions_ptr, image, agent, is_agent, group, agents, groups, table_h, table_w)
+        bias, _, _ = _sample(table_ptr, row[:, None] + y[None, :], column[:, None] + x[None, :], table_h, table_w)
+        logits = (dot(q, tl.trans(k), PRECISION) * scale + bias) * LOG2E
+        logits = tl.where(is_agent[None, :], logits, float("-inf"))
+        largest, total, weights, shrink = softmax_step(logits, largest, total)
+        out = out * shrink[:, None] + dot(rounded(weights, v.dtype), v, PRECISION)
+
+    rows = (image * tokens + token) * (num_heads * HEAD_DIM)
+    store_rows(out_ptr + first, rows, is_token, channel, out / total[:, None], HEAD_DIM, BLOCK_D)
+    tl.store(lse_ptr + (image * num_heads + head) * tokens + token, largest + tl.log2(total), mask=is_token)
+
+
+@triton.jit
+def _backward_q(
+    grad_ptr, q_ptr, k_ptr, v_ptr, table_ptr, positions_ptr, out_ptr, lse_ptr, delta_ptr, dq_ptr,
+    q_image, q_token, k_image, k_token, v_image, v_token,
+    num_heads, groups, tokens, width, agents, table_h, table_w, step_y, step_x, scale,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    SIZE_M: tl.constexpr, SIZE_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0) % num_heads
+    blocks = tl.cdiv(tokens, BLOCK_M)
+    image = (tl.program_id(0) // num_heads // blocks).to(tl.int64)
+    token = tl.program_id(0) // num_heads % blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_token = token < tokens
+    row, column = (token // width).to(tl.float32) * step_y, (token % width).to(tl.float32) * step_x
+    group = head // (num_heads // groups)
+    table_ptr += head * table_h * table_w
+    first = head * HEAD_DIM
+    channel = tl.arange(0, BLOCK_D)
+    q = load_rows(q_ptr + image * q_image + first, token * q_token, is_token, channel, HEAD_DIM, BLOCK_D)
+    rows = (image * tokens + token) * (num_heads * HEAD_DIM)
+    grad = load_rows(grad_ptr + first, rows, is_token, channel, HEAD_DIM, BLOCK_D)
+    out = load_rows(out_ptr + first, rows, is_token, channel, HEAD_DIM, BLOCK_D)
+    per_token = (image * num_heads + head) * tokens + token
+    lse = tl.load(lse_ptr + per_token, mask=is_token, other=float("inf"))
+    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    tl.store(delta_ptr + per_token, delta, mask=is_token)
+
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    for start in range(0, agents, BLOCK_N):
+        agent = start + tl.arange(0, BLOCK_N)
+        is_agent = agent < agents
+        k = load_rows(k_ptr + image * k_image + first, agent * k_token, is_agent, channel, HEAD_DIM, BLOCK_D)
+        v = load_rows(v_ptr + image * v_image + first, agent * v_token, is_agent, channel, HEAD_DIM, BLOCK_D)
+        y, x = _origins(positions_ptr, image, agent, is_agent, group, agents, groups, table_h, table_w)
+        bias, _, _ = _sample(table_ptr, row[:, None] + y[None, :], column[:, None] + x[None, :], table_h, table_w)
+        logits = (dot(q, tl.trans(k), PRECISION) * scale + bias) * LOG2E
+        weights = tl.exp2(tl.where(is_agent[None, :], logits - lse[:, None], float("-inf")))
+        dlogits = weights * (dot(grad, tl.trans(v), PRECISION) - delta[:, None])
+        dq += dot(rounded(dlogits, k.dtype), k, PRECISION)
+    store_rows(dq_ptr + first, rows, is_token, channel, dq * scale, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _backward_agents(
+    grad_ptr, q_ptr, k_ptr, v_ptr, table_ptr, positions_ptr, lse_ptr, delta_ptr,
+    dk_ptr, dv_ptr, dpositions_ptr, dlogits_ptr,
+    q_image, q_token, k_image, k_token, v_image, v_token,
+    num_heads, groups, tokens, width, agents, table_h, table_w, step_y, step_x, scale,
+    images, first_image, first_agent, some_agents, shares,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    SIZE_M: tl.constexpr, SIZE_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0) % num_heads
+    share = tl.program_id(0) // num_heads % shares
+    blocks = tl.cdiv(some_agents, BLOCK_N)
+    local_image = (tl.program_id(0) // num_heads // shares // blocks).to(tl.int64)
+    image = first_image + local_image
+    local_agent = tl.program_id(0) // num_heads // shares % blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    is_agent = local_agent < some_agents
+    agent = first_agent + local_agent
+    group = head // (num_heads // groups)
+    table_ptr += head * table_h * table_w
+    first = head * HEAD_DIM
+    channel = tl.arange(0, BLOCK_D)
+    k = load_rows(k_ptr + image * k_image + first, agent * k_token, is_agent, channel, HEAD_DIM, BLOCK_D)
+    v = load_rows(v_ptr + image * v_image + first, agent * v_token, is_agent, channel, HEAD_DIM, BLOCK_D)
+    y, x = _origins(positions_ptr, image, agent, is_agent, group, agents, groups, table_h, table_w)
+    dlogits_rows = ((local_image * num_heads + head) * some_agents + local_agent) * tokens
+
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dy = tl.zeros([BLOCK_N], tl.float32)
+    dx = tl.zeros([BLOCK_N], tl.float32)
+    span = tl.cdiv(tokens, shares)
+    for start in range(share * span, tl.minimum((share + 1) * span, tokens), BLOCK_M):
+        token = start + tl.arange(0, BLOCK_M)
+        is_token = token < tl.minimum((share + 1) * span, tokens)
+        row, column = (token // width).to(tl.float32) * step_y, (token % width).to(tl.float32) * step_x
+        q = load_rows(q_ptr + image * q_image + first, token * q_token, is_token, channel, HEAD_DIM, BLOCK_D)
+        rows = (image * tokens + token) * (num_heads * HEAD_DIM)
+        grad = load_rows(grad_ptr + first, rows, is_token, channel, HEAD_DIM, BLOCK_D)
+        per_token = (image * num_heads + head) * tokens + token
+        lse = tl.load(lse_ptr + per_token, mask=is_token, other=float("inf"))
+        delta = tl.load(delta_ptr + per_token, mask=is_token, other=0.0)
+        # Agents are the rows here, so that no tile of weights has to be transposed.
+        bias, by_y, by_x = _sample(table_ptr, y[:, None] + row[None, :], x[:, None] + column[None, :], table_h, table_w)
+        logits = (dot(k, tl.trans(q), PRECISION) * scale + bias) * LOG2E
+        weights = tl.exp2(tl.where(is_agent[:, None], logits - lse[None, :], float("-inf")))
+        dv += dot(rounded(weights, grad.dtype), grad, PRECISION)
+        dlogits = weights * (dot(v, tl.trans(grad), PRECISION) - delta[None, :])
+        dy += tl.sum(dlogits * by_y, 1)
+        dx += tl.sum(dlogits * by_x, 1)
+        dlogits = rounded(dlogits, q.dtype)
+        dk += dot(dlogits, q, PRECISION)
+        tl.store(
+            dlogits_ptr + dlogits_rows[:, None] + token[None, :], dlogits, mask=is_agent[:, None] & is_token[None, :]
+        )
+
+    partial = (share * images + local_image).to(tl.int64)
+    rows = (partial * some_agents + local_agent) * (num_heads * HEAD_DIM)
+    store_rows(dk_ptr + first, rows, is_agent, channel, dk * scale, HEAD_DIM, BLOCK_D)
+    store_rows(dv_ptr + first, rows, is_agent, channel, dv, HEAD_DIM, BLOCK_D)
+    at = dpositions_ptr + ((partial * num_heads + head) * some_agents + local_agent) * 2
+    tl.store(at, dy * (table_h - 1) * -0.25, mask=is_agent)
+    tl.store(at + 1, dx * (table_w - 1) * -0.25, mask=is_agent)
+
+
+@triton.jit
+def _backward_table(
+    dlogits_ptr, positions_ptr, dtable_ptr,
+    num_heads, groups, tokens, width, agents, table_h, table_w, step_y, step_x, inverse_y, inverse_x,
+    images, first_image, first_agent, some_agents, shares,
+    TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(0) % num_heads
+    share = tl.program_id(0) // num_heads % shares
+    tile = tl.program_id(0) // num_heads // shares
+    across = tl.cdiv(table_w, COLUMNS)
+    top, left = tile // across * ROWS, tile % across * COLUMNS
+    row, column = top + tl.arange(0, ROWS), left + tl.arange(0, COLUMNS)
+    group = head // (num_heads // groups)
+    height = tokens // width
+
+    total = tl.zeros([ROWS, COLUMNS], tl.float32)
+    span = tl.cdiv(images * some_agents, shares)
+    for pair in range(share * span, tl.minimum((share + 1) * span, images * some_agents)):
+        image, agent = pair // some_agents, pair % some_agents
+        y, x = _origins(
+            positions_ptr, first_image + image, first_agent + agent, True, group, agents, groups, table_h, table_w
+        )
+        met_y = (y < top + ROWS) & (y + (height - 1) * step_y > top - 1)
+        met_x = (x < left + COLUMNS) & (x + (width - 1) * step_x > left - 1)
+        if met_y & met_x:
+            dlogits = dlogits_ptr + ((image.to(tl.int64) * num_heads + head) * some_agents + agent) * tokens
+            first_i = (tl.floor((row - 1 - y) * inverse_y) + 1).to(tl.int32)
+            first_j = (tl.floor((column - 1 - x) * inverse_x) + 1).to(tl.int32)
+            for tap_y in range(TAPS_Y):
+                i = first_i + tap_y
+                share_y = tl.maximum(1.0 - tl.abs(i.to(tl.float32) * step_y + y - row), 0.0)
+                for tap_x in range(TAPS_X):
+                    j = first_j + tap_x
+                    share_x = tl.maximum(1.0 - tl.abs(j.to(tl.float32) * step_x + x - column), 0.0)
+                    is_i, is_j = (i >= 0) & (i < height), (j >= 0) & (j < width)
+                    values = tl.load(
+                        dlogits + i[:, None] * width + j[None, :], mask=is_i[:, None] & is_j[None, :], other=0.0
+                    )
+                    total += share_y[:, None] * share_x[None, :] * values.to(tl.float32)
+    at = ((share * num_heads + head).to(tl.int64) * table_h + row[:, None]) * table_w + column[None, :]
+    tl.store(dtable_ptr + at, total, mask=(row < table_h)[:, None] & (column < table_w)[None, :])
+
+
+_KEY = ("HEAD_DIM", "PRECISION")
+# One stage: loads ahead would bring whole tiles of the four table entries into shared memory.
+_BLOCKS = configs(
+    *((64, 64, 8, 1), (64, 64, 4, 1), (32, 64, 8, 1), (32, 64, 4, 1), (64, 32, 8, 1), (64, 32, 4, 1)),
+    *((16, 64, 4, 1), (32, 32, 4, 1), (32, 16, 4, 1), (16, 16, 1, 1)),
+)
+_run_forward = Kernel(_forward, _BLOCKS, _KEY)
+_run_backward_q = Kernel(_backward_q, _BLOCKS, _KEY)
+_run_backward_agents = Kernel(_backward_agents, _BLOCKS[2:], _KEY)  # the first two spill registers
+
+
+def _flat(x: Tensor) -> Tensor:
+    """(B, y, x, C) -> (B, 1, y*x, C) with one stride between tokens; a view where the map allows."""
+    return as_rows(x.flatten(1, 2)[:, None])
+
+
+def _geometry(q: Tensor, k: Tensor, rpe_table: Tensor, positions: Tensor) -> dict[str, Any]:
+    """Sizes, and how far one token step leads in the table."""
+    (_, height, width, _), (num_heads, table_h, table_w) = q.shape, rpe_table.shape
+    return {
+        **{"num_heads": num_heads, "groups": positions.shape[3], "tokens": height * width, "width": width},
+        **{"agents": k.shape[1] * k.shape[2], "table_h": table_h, "table_w": table_w},
+        "step_y": (table_h - 1) / 2 / max(height - 1, 1),
+        "step_x": (table_w - 1) / 2 / max(width - 1, 1),
+    }
+
+
+def _layout(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> dict[str, Any]:
+    head_dim = q.shape[-1] // num_heads
+    return {
+        **{f"{name}_ptr": x for name, x in zip("qkv", (q, k, v), strict=True)},
+        **{f"{name}_image": x.stride(0) for name, x in zip("qkv", (q, k, v), strict=True)},
+        **{f"{name}_token": x.stride(2) for name, x in zip("qkv", (q, k, v), strict=True)},
+        **{"HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim), "PRECISION": precision(q.dtype)},
+    }
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, rpe_table: Tensor, positions: Tensor, num_heads: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """See `ops.deformable_attention`. Returns out (B, H, W, C) and lse (B, m, H*W), in base 2, for `backward`."""
+    b, tokens = q.shape[0], q.shape[1] * q.shape[2]
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((b, num_heads, tokens), dtype=torch.float32)
+    geometry = _geometry(q, k, rpe_table, positions)
+    _run_forward(
+        lambda block: (b * triton.cdiv(tokens, block["BLOCK_M"]) * num_heads,),
+        table_ptr=rpe_table.contiguous(), positions_ptr=positions.contiguous(), out_ptr=out, lse_ptr=lse, scale=scale,
+        SIZE_M=padded(tokens), SIZE_N=padded(geometry["agents"]), **geometry,
+        **_layout(_flat(q), _flat(k), _flat(v), num_heads),
+    )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpe_table: Tensor,
+    positions: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    num_heads: int,
+    scale: float,
+    workspace: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of q, k, v, rpe_table and positions, contiguous."""
+    b, c = q.shape[0], q.shape[-1]
+    geometry = _geometry(q, k, rpe_table, positions)
+    tokens, agents, groups = geometry["tokens"], geometry["agents"], geometry["groups"]
+    dq, delta = q.new_empty(q.shape), torch.empty_like(lse)
+    table, positions_rows = rpe_table.contiguous(), positions.contiguous()
+    common = {
+        **{"grad_ptr": grad.contiguous(), "table_ptr": table, "positions_ptr": positions_rows, "scale": scale},
+        **{"lse_ptr": lse, "delta_ptr": delta, "SIZE_M": padded(tokens), "SIZE_N": padded(agents)},
+        **_layout(_flat(q), _flat(k), _flat(v), num_heads),
+        **geometry,
+    }
+    _run_backward_q(
+        lambda block: (b * triton.cdiv(tokens, block["BLOCK_M"]) * num_heads,), out_ptr=out, dq_ptr=dq, **common
+    )
+
+    dk, dv = k.new_empty((b, agents, c)), v.new_empty((b, agents, c))
+    dpositions = positions.new_empty((b, agents, groups, 2))
+    dtable = torch.zeros(rpe_table.shape, dtype=torch.float32, device=q.device)
+    per_agent = num_heads * tokens * q.element_size()
+    some_agents = agents if per_agent * agents <= workspace else min(agents, max(16, workspace // per_agent))
+    some_images = min(b, max(1, workspace // (per_agent * some_agents)))
+    dlogits = q.new_empty(some_images * num_heads * some_agents * tokens)
+    for image in range(0, b, some_images):
+        for agent in range(0, agents, some_agents):
+            part = slice(image, min(image + some_images, b)), slice(agent, min(agent + some_agents, agents))
+            dk[part], dv[part], dpositions[part] = _agent_gradients(part, dlogits, common)
+            dtable += _table_gradient(part, dlogits, positions_rows, geometry)
+    return dq, dk.view(k.shape), dv.view(v.shape), dtable.to(rpe_table.dtype), dpositions.view(positions.shape)
+
+
+def _sums(x: Tensor, *shape: int) -> Tensor:
+    """Room for sums in float32, where `x` is."""
+    return x.new_empty(shape, dtype=torch.float32)
+
+
+def _agent_gradients(
+    part: tuple[slice, slice], dlogits: Tensor, common: dict[str, Any]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of some images' and agents' k, v (I, n, C) and positions (I, n, g, 2); fills `dlogits` (I, m, n, T)."""
+    images, agents = (s.stop - s.start for s in part)
+    num_heads, groups, tokens = common["num_heads"], common["groups"], common["tokens"]
+    shares = max(1, min(_PROGRAMS // (images * num_heads * triton.cdiv(agents, 64)), tokens // 256))
+    dk, dv = (_sums(dlogits, shares, images, agents, num_heads * common["HEAD_DIM"]) for _ in "kv")
+    dpositions = _sums(dlogits, shares, images, num_heads, agents, 2)
+    _run_backward_agents(
+        lambda block: (images * triton.cdiv(agents, block["BLOCK_N"]) * shares * num_heads,),
+        dk_ptr=dk, dv_ptr=dv, dpositions_ptr=dpositions, dlogits_ptr=dlogits, images=images,
+        first_image=part[0].start, first_agent=part[1].start, some_agents=agents, shares=shares, **common,
+    )  # fmt: skip
+    by_group = dpositions.sum(0).unflatten(1, (groups, -1)).sum(2)  # (I, g, n, 2)
+    return dk.sum(0), dv.sum(0), by_group.transpose(1, 2)
+
+
+def _table_gradient(part: tuple[slice, slice], dlogits: Tensor, positions: Tensor, geometry: dict[str, Any]) -> Tensor:
+    """What some images and agents, with gradients of logits `dlogits` (I, m, n, T), add to the table's gradient."""
+    images, agents = (s.stop - s.start for s in part)
+    num_heads, table_h, table_w = geometry["num_heads"], geometry["table_h"], geometry["table_w"]
+    steps = geometry["step_y"], geometry["step_x"]
+    sides = geometry["tokens"] // geometry["width"], geometry["width"]
+    taps = [min(side, math.ceil(2 / step)) if step else side for side, step in zip(sides, steps, strict=True)]
+    tiles = triton.cdiv(table_h, _TILE_ROWS) * triton.cdiv(table_w, _TILE_COLUMNS)
+    shares = max(1, min(_PROGRAMS // (tiles * num_heads), images * agents))
+    dtable = _sums(dlogits, shares, num_heads, table_h, table_w)
+    _backward_table[(tiles * shares * num_heads,)](
+        dlogits_ptr=dlogits, positions_ptr=positions, dtable_ptr=dtable,
+        inverse_y=1 / (steps[0] or 1), inverse_x=1 / (steps[1] or 1), TAPS_Y=taps[0], TAPS_X=taps[1],
+        images=images, first_image=part[0].start, first_agent=part[1].start, some_agents=agents, shares=shares,
+        ROWS=_TILE_ROWS, COLUMNS=_TILE_COLUMNS, **geometry,
+    )  # fmt: skip
+    return dtable.sum(0)

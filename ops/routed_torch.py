@@ -1,0 +1,123 @@
+"""Routed attention with PyTorch's own kernels: whole window rows gathered, a bounded number of windows at a time.
+
+A routed window is one contiguous row of w*C numbers, so a gather copies whole rows by a B*P*k index and its backward
+adds whole rows. The copies are not kept: backward gathers again.
+
+Letters: B batch, P windows, w tokens per window, C channels, m heads, k routed windows, R query windows at a time.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def window_rows(idx: Tensor) -> Tensor:
+    """Window numbers (B, P, k) within images -> row numbers (B*P, k) in a batch of windows."""
+    b, p, k = idx.shape
+    return (idx + p * torch.arange(b, device=idx.device)[:, None, None]).view(b * p, k)
+
+
+def add_rows_(target: Tensor, rows: Tensor, source: Tensor) -> None:
+    """target[rows] += source for matrices, in the same order every time, also where `rows` repeat."""
+    if target.device.type == "cpu":
+        target.index_add_(0, rows, source)
+    else:  # there index_add_ is atomic, this sorts
+        target.index_put_((rows,), source, accumulate=True)
+
+
+class _Chunks:
+    """The inputs as rows of windows, and the chunks of query windows whose copies fit the workspace."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, idx: Tensor, key_mask: Tensor | None, num_heads: int) -> None:
+        b, p, self.w, c = k.shape
+        self.num_heads, self.keys = num_heads, idx.shape[-1] * self.w
+        self.q = q.reshape(b * p, -1, c)
+        self.k, self.v = k.reshape(b * p, -1), v.reshape(b * p, -1)
+        self.key_mask = None if key_mask is None else key_mask.reshape(b * p, self.w)
+        self.rows = window_rows(idx)
+
+    def slices(self, numbers_per_window: int, itemsize: int, workspace: int) -> Iterator[slice]:
+        size = max(1, workspace // (numbers_per_window * itemsize))
+        return (slice(start, start + size) for start in range(0, len(self.q), size))
+
+    def heads(self, x: Tensor) -> Tensor:
+        """(R, n, C) or rows (R*k, w*C) -> (R, m, n, C/m)."""
+        if x.ndim == 2:
+            x = x.view(-1, self.keys, self.q.shape[-1])
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
+    def gather(self, x: Tensor, chunk: slice) -> Tensor:
+        """Routed windows of the chunk's query windows: (R, m, k*w, C/m), a copy."""
+        return self.heads(x.index_select(0, self.rows[chunk].flatten()))
+
+    def unreadable(self, chunk: slice) -> tuple[Tensor, Tensor]:
+        """Which keys are masked, (R, 1, 1, k*w), and which query windows have no other, (R, 1, 1, 1)."""
+        masked = ~self.key_mask[self.rows[chunk]].flatten(1)[:, None, None]
+        nothing = masked.all(-1, keepdim=True)
+        return masked & ~nothing, nothing
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    idx: Tensor,
+    key_mask: Tensor | None,
+    num_heads: int,
+    scale: float,
+    workspace: int,
+) -> Tensor:
+    """See `ops.routed_attention`."""
+    chunks = _Chunks(q, k, v, idx, key_mask, num_heads)
+    out = torch.empty_like(chunks.q, memory_format=torch.contiguous_format)
+    for chunk in chunks.slices(2 * chunks.keys * q.shape[-1], q.element_size(), workspace):
+        inputs = chunks.heads(chunks.q[chunk]), chunks.gather(chunks.k, chunk), chunks.gather(chunks.v, chunk)
+        if key_mask is None:
+            read = F.scaled_dot_product_attention(*inputs, scale=scale)
+        else:
+            masked, nothing = chunks.unreadable(chunk)
+            read = F.scaled_dot_product_attention(*inputs, attn_mask=~masked, scale=scale).masked_fill(nothing, 0)
+        out[chunk] = read.transpose(1, 2).flatten(2)
+    return out.view(q.shape)
+
+
+def backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    idx: Tensor,
+    key_mask: Tensor | None,
+    num_heads: int,
+    scale: float,
+    workspace: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v; half precision is computed and summed in float32."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    chunks = _Chunks(q, k, v, idx, key_mask, num_heads)
+    grad_rows = grad.reshape(chunks.q.shape)
+    dq = torch.empty_like(chunks.q, memory_format=torch.contiguous_format)
+    dk, dv = torch.zeros_like(chunks.k, dtype=dtype), torch.zeros_like(chunks.v, dtype=dtype)
+
+    numbers = 4 * chunks.keys * (q.shape[-1] + num_heads * q.shape[2])
+    for chunk in chunks.slices(numbers, dtype.itemsize, workspace):
+        queries, dout = chunks.heads(chunks.q[chunk]).to(dtype), chunks.heads(grad_rows[chunk]).to(dtype)
+        keys, values = chunks.gather(chunks.k, chunk).to(dtype), chunks.gather(chunks.v, chunk).to(dtype)
+        logits = (queries * scale) @ keys.mT
+        if key_mask is not None:
+            masked, nothing = chunks.unreadable(chunk)
+            logits.masked_fill_(masked, -torch.inf)
+            dout = dout.masked_fill(nothing, 0)
+        weights = logits.softmax(-1)
+        dlogits = torch._softmax_backward_data(dout @ values.mT, weights, -1, dtype)
+
+        def rows(x: Tensor) -> Tensor:  # (R, m, k*w, C/m) -> (R*k, w*C)
+            return x.transpose(1, 2).reshape(-1, chunks.k.shape[1])
+
+        dq[chunk] = (dlogits @ keys).mul_(scale).transpose(1, 2).flatten(2).to(q.dtype)
+        into = chunks.rows[chunk].flatten()
+        add_rows_(dk, into, rows((dlogits.mT @ queries).mul_(scale)))
+        add_rows_(dv, into, rows(weights.mT @ dout))
+    return dq.view(q.shape), dk.to(k.dtype).view(k.shape), dv.to(v.dtype).view(v.shape)
