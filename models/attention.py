@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import ops
 
-from .layers import QKV, DepthwiseConv, to_nchw, to_nhwc
+from .layers import QKV, DepthwiseConv, MapLinear, to_nchw, to_nhwc
 
 
 class Router(nn.Module):
@@ -57,10 +57,10 @@ class BiLevelRoutingAttention(nn.Module):
     def __init__(self, dim: int, num_heads: int, n_win: int, topk: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = QKV(nn.Linear(dim, 3 * dim))
+        self.qkv = QKV(MapLinear(dim, 3 * dim))
         self.router = Router(n_win, topk, scale=dim**-0.5)
         self.lepe = DepthwiseConv(dim, 5)
-        self.wo = nn.Linear(dim, dim)
+        self.wo = MapLinear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1], x.shape[2]
@@ -77,7 +77,7 @@ class FullAttention(nn.Module):
     """
 
     def __init__(
-        self, dim: int, num_heads: int, linear: Callable[..., nn.Module] = nn.Linear, lepe_on_values: bool = False
+        self, dim: int, num_heads: int, linear: Callable[..., nn.Module] = MapLinear, lepe_on_values: bool = False
     ) -> None:
         super().__init__()
         self.num_heads, self.lepe_on_values = num_heads, lepe_on_values

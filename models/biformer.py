@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .attention import BiLevelRoutingAttention, FullAttention
 from .backbone import Backbone, checkpoint_filter_fn, default_cfg
-from .layers import ResidualDepthwiseConv, init_linear, to_nchw, to_nhwc
+from .layers import MapLinear, ResidualDepthwiseConv, init_linear, to_nchw, to_nhwc
 
 
 class BiFormerBlock(nn.Module):
@@ -26,7 +26,7 @@ class BiFormerBlock(nn.Module):
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         # The Identity keeps the second Linear at the published key mlp.3.
-        self.mlp = nn.Sequential(nn.Linear(dim, hidden), nn.Identity(), nn.GELU(), nn.Linear(hidden, dim))
+        self.mlp = nn.Sequential(MapLinear(dim, hidden), nn.Identity(), nn.GELU(), MapLinear(hidden, dim))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,10 +4,11 @@ import copy
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+import ops
 
 
 def to_nhwc(x: Tensor) -> Tensor:
@@ -20,8 +21,15 @@ def to_nchw(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2)
 
 
+class MapLinear(nn.Linear):
+    """A linear layer on the last axis of a map: (B, H, W, C_in) -> (B, H, W, C_out)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.pointwise(x, self.weight, self.bias)
+
+
 class PointwiseConv(nn.Conv2d):
-    """A 1x1 convolution that works as Linear on the last axis: (..., C_in) -> (..., C_out).
+    """A 1x1 convolution of a map with channels last: (B, H, W, C_in) -> (B, H, W, C_out).
 
     Its weight keeps the convolution's shape (C_out, C_in, 1, 1), as published checkpoints have it.
     """
@@ -30,7 +38,7 @@ class PointwiseConv(nn.Conv2d):
         super().__init__(in_features, out_features, kernel_size=1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.flatten(1), self.bias)
+        return ops.pointwise(x, self.weight.flatten(1), self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PointwiseConv":
         super()._apply(fn, recurse)
@@ -50,8 +58,14 @@ class DepthwiseConv(nn.Conv2d):
 class ResidualDepthwiseConv(DepthwiseConv):
     """x + conv(x) of a map (B, C, H, W), with the keys of the convolution alone, as published."""
 
+    def __init__(self, dim: int, kernel_size: int) -> None:
+        super().__init__(dim, kernel_size)
+        identity = torch.zeros(kernel_size, kernel_size)
+        identity[kernel_size // 2, kernel_size // 2] = 1
+        self.register_buffer("identity", identity, persistent=False)
+
     def forward(self, x: Tensor) -> Tensor:
-        return x + super().forward(x)
+        return ops.residual_depthwise(x, self.weight, self.bias, self.identity)
 
     @torch.no_grad()
     def fuse(self) -> DepthwiseConv:
@@ -59,7 +73,7 @@ class ResidualDepthwiseConv(DepthwiseConv):
         dim, _, size, _ = self.weight.shape
         fused = DepthwiseConv(dim, size).to(self.weight)
         fused.load_state_dict(self.state_dict())
-        fused.weight[:, :, size // 2, size // 2] += 1
+        fused.weight += self.identity
         return fused
 
 

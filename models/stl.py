@@ -20,7 +20,7 @@ import ops
 
 from .attention import BiLevelRoutingAttention, FullAttention, Router
 from .backbone import Backbone, checkpoint_filter_fn, default_cfg
-from .layers import DepthwiseConv, Downsampling, PointwiseConv, init_linear, to_nchw, to_nhwc
+from .layers import DepthwiseConv, Downsampling, MapLinear, PointwiseConv, init_linear, to_nchw, to_nhwc
 
 
 class PooledRouter(Router):
@@ -201,7 +201,7 @@ class BiFormerSTL(SwinLayout):
         nchw: bool = False,
         **kwargs: Any,
     ) -> None:
-        linear = PointwiseConv if nchw else nn.Linear
+        linear = PointwiseConv if nchw else MapLinear
         routing = PooledRoutingAttention if nchw else BiLevelRoutingAttention
 
         def make_block(i: int, _number: int, drop_path: float) -> STLBlock:

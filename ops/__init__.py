@@ -1,4 +1,4 @@
-"""The attention arithmetic: plain functions of tensors, without parameters.
+"""The models' arithmetic, above all the attention's: plain functions of tensors, without parameters.
 
 Call them as `ops.name(...)`: they are registered here as leaves for torch.fx, so that the models trace
 symbolically although the functions look at shapes.
@@ -7,6 +7,7 @@ symbolically although the functions look at shapes.
 import torch.fx
 
 from .deformable import agent_positions, deformable_attention, relative_position_bias, sample_agents
+from .pointwise import pointwise, residual_depthwise
 from .routed import route_windows, routed_attention
 from .windows import from_windows, pad_to_multiple, pool_windows, split_side, to_windows
 
@@ -15,8 +16,10 @@ __all__ = [
     "deformable_attention",
     "from_windows",
     "pad_to_multiple",
+    "pointwise",
     "pool_windows",
     "relative_position_bias",
+    "residual_depthwise",
     "route_windows",
     "routed_attention",
     "sample_agents",
