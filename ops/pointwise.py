@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_ONEDNN = torch.backends.mkldnn.is_available()
+
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A linear layer on the last axis: (..., C_in) -> (..., C_out). weight: (C_out, C_in).
@@ -14,8 +16,7 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     In float32 on a CPU a map (B, H, W, C_in) goes through a 1x1 convolution: oneDNN's reaches twice the speed of a
     matrix product on processors that MKL was not made for, and the same on the others.
     """
-    on_cpu = x.device.type == "cpu" and torch.backends.mkldnn.is_available()
-    if on_cpu and x.dtype == torch.float32 and x.ndim == 4:
+    if _ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and x.ndim == 4:
         return F.conv2d(x.permute(0, 3, 1, 2), weight[..., None, None], bias).permute(0, 2, 3, 1)
     return F.linear(x, weight, bias)
 
@@ -27,7 +28,7 @@ def residual_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, identity:
     the identity in it; in half precision it is not, for beside the one the kernel would lose its last digits.
     """
     channels, _, size, _ = weight.shape
-    half = torch.is_autocast_enabled(x.device.type) or x.dtype in (torch.float16, torch.bfloat16)
-    kernel = weight if half else weight + identity
-    out = F.conv2d(x, kernel, bias, padding=size // 2, groups=channels)
-    return x + out if half else out
+    exact = x.dtype in (torch.float32, torch.float64) and x.device.type in ("cpu", "cuda")
+    merged = exact and not torch.is_autocast_enabled(x.device.type)
+    out = F.conv2d(x, weight + identity if merged else weight, bias, padding=size // 2, groups=channels)
+    return out if merged else x + out
