@@ -232,23 +232,38 @@ def _backward_gathered(
     dq = torch.empty_like(chunks.q, memory_format=torch.contiguous_format)
     dk, dv = torch.zeros_like(chunks.k, dtype=dtype), torch.zeros_like(chunks.v, dtype=dtype)
 
-    numbers = 4 * chunks.keys * (q.shape[-1] + num_heads * q.shape[2])
-    for chunk in chunks.slices(numbers, dtype.itemsize, workspace):
-        queries, dout = chunks.heads(chunks.q[chunk]).to(dtype), chunks.heads(grad_rows[chunk]).to(dtype)
+    def rows(x: Tensor) -> Tensor:  # (R, m, k*w, C/m) -> (R*k, w*C)
+        return x.transpose(1, 2).reshape(-1, chunks.k.shape[1])
+
+    # Per query window: gathered keys and values with their gradients, and four arrays like the logits. Windows that
+    # are too large for the workspace are taken one at a time, with as many of their queries at a time as fit.
+    copies, logits = 4 * chunks.keys * q.shape[-1], 4 * chunks.keys * num_heads
+    tile = min(q.shape[2], max(1, (workspace // dtype.itemsize - copies) // logits))
+    for chunk in chunks.slices(copies + logits * q.shape[2], dtype.itemsize, workspace):
         keys, values = chunks.gather(chunks.k, chunk).to(dtype), chunks.gather(chunks.v, chunk).to(dtype)
-        logits = (queries * scale) @ keys.mT
-        if key_mask is not None:
-            masked, nothing = chunks.unreadable(chunk)
-            logits.masked_fill_(masked, -torch.inf)
-            dout = dout.masked_fill(nothing, 0)
-        weights = logits.softmax(-1)
-        dlogits = torch._softmax_backward_data(dout @ values.mT, weights, -1, dtype)
-
-        def rows(x: Tensor) -> Tensor:  # (R, m, k*w, C/m) -> (R*k, w*C)
-            return x.transpose(1, 2).reshape(-1, chunks.k.shape[1])
-
-        dq[chunk] = (dlogits @ keys).mul_(scale).transpose(1, 2).flatten(2).to(q.dtype)
+        masked, nothing = (None, None) if key_mask is None else chunks.unreadable(chunk)
+        dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
+        for start in range(0, q.shape[2], tile):
+            part = chunk, slice(start, start + tile)
+            queries, dout = chunks.heads(chunks.q[part]).to(dtype), chunks.heads(grad_rows[part]).to(dtype)
+            if nothing is not None:
+                dout = dout.masked_fill(nothing, 0)
+            weights, dlogits = _weights_and_dlogits(queries * scale, keys, values, dout, masked)
+            dq[part] = (dlogits @ keys).mul_(scale).transpose(1, 2).flatten(2).to(q.dtype)
+            dkeys += (dlogits.mT @ queries).mul_(scale)
+            dvalues += weights.mT @ dout
         into = chunks.rows[chunk].flatten()
-        add_rows_(dk, into, rows((dlogits.mT @ queries).mul_(scale)))
-        add_rows_(dv, into, rows(weights.mT @ dout))
+        add_rows_(dk, into, rows(dkeys))
+        add_rows_(dv, into, rows(dvalues))
     return dq.view(q.shape), dk.to(k.dtype).view(k.shape), dv.to(v.dtype).view(v.shape)
+
+
+def _weights_and_dlogits(
+    q: Tensor, keys: Tensor, values: Tensor, dout: Tensor, masked: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Attention weights, and the gradient of the logits from that of the output."""
+    logits = q @ keys.mT
+    if masked is not None:
+        logits.masked_fill_(masked, -torch.inf)
+    weights = logits.softmax(-1)
+    return weights, torch._softmax_backward_data(dout @ values.mT, weights, -1, weights.dtype)
