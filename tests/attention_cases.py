@@ -84,7 +84,7 @@ DEFORMABLE = [
     pytest.param(Deformable(2, (5, 4), (2, 3), 2, 16, 1, (5, 4)), id="on-cells"),
     pytest.param(Deformable(1, (7, 6), (3, 6), 2, 24, 2, (4, 4)), id="steps-below-a-cell"),
     pytest.param(Deformable(1, (4, 5), (2, 4), 4, 16, 2, (7, 6)), id="steps-above-a-cell"),
-    pytest.param(Deformable(2, (1, 9), (1, 6), 1, 48, 1, (3, 1)), id="one-row"),
+    pytest.param(Deformable(3, (1, 21), (1, 12), 1, 48, 1, (3, 1)), id="one-row"),
     pytest.param(Deformable(1, (6, 6), (5, 4), 1, 128, 1, (6, 6)), id="wide-heads"),
 ]
 
