@@ -87,7 +87,8 @@ def deformable_attention(
     Returns (B, H, W, C).
     """
     name = choose_backend(backend, q, num_heads)
-    k, v = k.to(q.dtype), v.to(q.dtype)  # under autocast they may come from different layers
+    if not k.dtype == v.dtype == q.dtype:  # under autocast they may come from different layers
+        k, v = k.to(q.dtype), v.to(q.dtype)
     if name == "reference":
         return deformable_attention_reference(q, k, v, rpe_table, positions, num_heads, scale)
     if name == "triton":

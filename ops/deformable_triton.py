@@ -13,13 +13,11 @@ _backward_agents One program: BLOCK_N agents of one image and head, and one shar
                  the agents' positions go to a place of its own, (shares, B, N, C) and (shares, B, m, N, 2) in float32,
                  and are added up afterwards. It also leaves the gradients of its logits, (B, m, N, T) in q's type, for
                  as many images and agents at a time as the workspace takes.
-_backward_table  One program: a tile of one head's table and one share of the (image, agent) pairs. Each cell asks which
-                 tokens read it, the inverse of the line above, and adds up their gradients: a gather, no atomics.
 
-So every sum has a fixed order, and every run gives the same bits.
+The table's gradient is gathered from these in `rpe_table_triton`. So every sum has a fixed order, and every run gives
+the same bits.
 """
 
-import math
 from typing import Any
 
 import torch
@@ -40,39 +38,7 @@ from .launch_triton import (
     softmax_step,
     store_rows,
 )
-
-_PROGRAMS = 1024
-"""As many as fill a large GPU a few times; where there are fewer, the work of one is shared out."""
-_TILE_ROWS, _TILE_COLUMNS = 8, 64
-
-
-@triton.jit
-def _origins(positions_ptr, image, agent, is_agent, group, agents, groups, table_h, table_w):
-    """Where in the table, in cells, the first token reads the agents' biases."""
-    at = positions_ptr + ((image * agents + agent) * groups + group) * 2
-    y = tl.load(at, mask=is_agent, other=0.0).to(tl.float32)
-    x = tl.load(at + 1, mask=is_agent, other=0.0).to(tl.float32)
-    return (table_h - 1) * 0.25 * (1.0 - y), (table_w - 1) * 0.25 * (1.0 - x)
-
-
-@triton.jit
-def _entry(table_ptr, row, column, table_h, table_w):
-    inside = (row >= 0) & (row < table_h) & (column >= 0) & (column < table_w)
-    return tl.load(table_ptr + row * table_w + column, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _sample(table_ptr, y, x, table_h, table_w):
-    """Bilinear reads of one head's table, zeros outside, and their derivatives by y and x."""
-    row, column = tl.floor(y), tl.floor(x)
-    y, x = y - row, x - column
-    row, column = row.to(tl.int32), column.to(tl.int32)
-    a = _entry(table_ptr, row, column, table_h, table_w)
-    b = _entry(table_ptr, row, column + 1, table_h, table_w)
-    c = _entry(table_ptr, row + 1, column, table_h, table_w)
-    d = _entry(table_ptr, row + 1, column + 1, table_h, table_w)
-    upper, lower = a + x * (b - a), c + x * (d - c)
-    return upper + y * (lower - upper), lower - upper, b - a + y * (d - c - b + a)
+from .rpe_table_triton import PROGRAMS, origins, room_for_sums, sample, table_gradient
 
 
 @triton.jit
@@ -103,8 +69,8 @@ def _forward(
         is_agent = agent < agents
         k = load_rows(k_ptr + image * k_image + first, agent * k_token, is_agent, channel, HEAD_DIM, BLOCK_D)
         v = load_rows(v_ptr + image * v_image + first, agent * v_token, is_agent, channel, HEAD_DIM, BLOCK_D)
-        y, x = _origins(positions_ptr, image, agent, is_agent, group, agents, groups, table_h, table_w)
-        bias, _, _ = _sample(table_ptr, row[:, None] + y[None, :], column[:, None] + x[None, :], table_h, table_w)
+        y, x = origins(positions_ptr, image, agent, is_agent, group, agents, groups, table_h, table_w)
+        bias, _, _ = sample(table_ptr, row[:, None] + y[None, :], column[:, None] + x[None, :], table_h, table_w)
         logits = (dot(q, tl.trans(k), PRECISION) * scale + bias) * LOG2E
         logits = tl.where(is_agent[None, :], logits, float("-inf"))
         largest, total, weights, shrink = softmax_step(logits, largest, total)
@@ -148,8 +114,8 @@ def _backward_q(
         is_agent = agent < agents
         k = load_rows(k_ptr + image * k_image + first, agent * k_token, is_agent, channel, HEAD_DIM, BLOCK_D)
         v = load_rows(v_ptr + image * v_image + first, agent * v_token, is_agent, channel, HEAD_DIM, BLOCK_D)
-        y, x = _origins(positions_ptr, image, agent, is_agent, group, agents, groups, table_h, table_w)
-        bias, _, _ = _sample(table_ptr, row[:, None] + y[None, :], column[:, None] + x[None, :], table_h, table_w)
+        y, x = origins(positions_ptr, image, agent, is_agent, group, agents, groups, table_h, table_w)
+        bias, _, _ = sample(table_ptr, row[:, None] + y[None, :], column[:, None] + x[None, :], table_h, table_w)
         logits = (dot(q, tl.trans(k), PRECISION) * scale + bias) * LOG2E
         weights = tl.exp2(tl.where(is_agent[None, :], logits - lse[:, None], float("-inf")))
         dlogits = weights * (dot(grad, tl.trans(v), PRECISION) - delta[:, None])
@@ -181,7 +147,7 @@ def _backward_agents(
     channel = tl.arange(0, BLOCK_D)
     k = load_rows(k_ptr + image * k_image + first, agent * k_token, is_agent, channel, HEAD_DIM, BLOCK_D)
     v = load_rows(v_ptr + image * v_image + first, agent * v_token, is_agent, channel, HEAD_DIM, BLOCK_D)
-    y, x = _origins(positions_ptr, image, agent, is_agent, group, agents, groups, table_h, table_w)
+    y, x = origins(positions_ptr, image, agent, is_agent, group, agents, groups, table_h, table_w)
     dlogits_rows = ((local_image * num_heads + head) * some_agents + local_agent) * tokens
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -200,7 +166,7 @@ def _backward_agents(
         lse = tl.load(lse_ptr + per_token, mask=is_token, other=float("inf"))
         delta = tl.load(delta_ptr + per_token, mask=is_token, other=0.0)
         # Agents are the rows here, so that no tile of weights has to be transposed.
-        bias, by_y, by_x = _sample(table_ptr, y[:, None] + row[None, :], x[:, None] + column[None, :], table_h, table_w)
+        bias, by_y, by_x = sample(table_ptr, y[:, None] + row[None, :], x[:, None] + column[None, :], table_h, table_w)
         logits = (dot(k, tl.trans(q), PRECISION) * scale + bias) * LOG2E
         weights = tl.exp2(tl.where(is_agent[:, None], logits - lse[None, :], float("-inf")))
         dv += dot(rounded(weights, grad.dtype), grad, PRECISION)
@@ -220,50 +186,6 @@ def _backward_agents(
     at = dpositions_ptr + ((partial * num_heads + head) * some_agents + local_agent) * 2
     tl.store(at, dy * (table_h - 1) * -0.25, mask=is_agent)
     tl.store(at + 1, dx * (table_w - 1) * -0.25, mask=is_agent)
-
-
-@triton.jit
-def _backward_table(
-    dlogits_ptr, positions_ptr, dtable_ptr,
-    num_heads, groups, tokens, width, agents, table_h, table_w, step_y, step_x, inverse_y, inverse_x,
-    images, first_image, first_agent, some_agents, shares,
-    TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    head = tl.program_id(0) % num_heads
-    share = tl.program_id(0) // num_heads % shares
-    tile = tl.program_id(0) // num_heads // shares
-    across = tl.cdiv(table_w, COLUMNS)
-    top, left = tile // across * ROWS, tile % across * COLUMNS
-    row, column = top + tl.arange(0, ROWS), left + tl.arange(0, COLUMNS)
-    group = head // (num_heads // groups)
-    height = tokens // width
-
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    span = tl.cdiv(images * some_agents, shares)
-    for pair in range(share * span, tl.minimum((share + 1) * span, images * some_agents)):
-        image, agent = pair // some_agents, pair % some_agents
-        y, x = _origins(
-            positions_ptr, first_image + image, first_agent + agent, True, group, agents, groups, table_h, table_w
-        )
-        met_y = (y < top + ROWS) & (y + (height - 1) * step_y > top - 1)
-        met_x = (x < left + COLUMNS) & (x + (width - 1) * step_x > left - 1)
-        if met_y & met_x:
-            dlogits = dlogits_ptr + ((image.to(tl.int64) * num_heads + head) * some_agents + agent) * tokens
-            first_i = (tl.floor((row - 1 - y) * inverse_y) + 1).to(tl.int32)
-            first_j = (tl.floor((column - 1 - x) * inverse_x) + 1).to(tl.int32)
-            for tap_y in range(TAPS_Y):
-                i = first_i + tap_y
-                share_y = tl.maximum(1.0 - tl.abs(i.to(tl.float32) * step_y + y - row), 0.0)
-                for tap_x in range(TAPS_X):
-                    j = first_j + tap_x
-                    share_x = tl.maximum(1.0 - tl.abs(j.to(tl.float32) * step_x + x - column), 0.0)
-                    is_i, is_j = (i >= 0) & (i < height), (j >= 0) & (j < width)
-                    values = tl.load(
-                        dlogits + i[:, None] * width + j[None, :], mask=is_i[:, None] & is_j[None, :], other=0.0
-                    )
-                    total += share_y[:, None] * share_x[None, :] * values.to(tl.float32)
-    at = ((share * num_heads + head).to(tl.int64) * table_h + row[:, None]) * table_w + column[None, :]
-    tl.store(dtable_ptr + at, total, mask=(row < table_h)[:, None] & (column < table_w)[None, :])
 
 
 _KEY = ("HEAD_DIM", "PRECISION")
@@ -360,13 +282,8 @@ def backward(
         for agent in range(0, agents, some_agents):
             part = slice(image, min(image + some_images, b)), slice(agent, min(agent + some_agents, agents))
             dk[part], dv[part], dpositions[part] = _agent_gradients(part, dlogits, common)
-            dtable += _table_gradient(part, dlogits, positions_rows, geometry)
+            dtable += table_gradient(part, dlogits, positions_rows, geometry)
     return dq, dk.view(k.shape), dv.view(v.shape), dtable.to(rpe_table.dtype), dpositions.view(positions.shape)
-
-
-def _sums(x: Tensor, *shape: int) -> Tensor:
-    """Room for sums in float32, where `x` is."""
-    return x.new_empty(shape, dtype=torch.float32)
 
 
 def _agent_gradients(
@@ -375,9 +292,9 @@ def _agent_gradients(
     """Gradients of some images' and agents' k, v (I, n, C) and positions (I, n, g, 2); fills `dlogits` (I, m, n, T)."""
     images, agents = (s.stop - s.start for s in part)
     num_heads, groups, tokens = common["num_heads"], common["groups"], common["tokens"]
-    shares = max(1, min(_PROGRAMS // (images * num_heads * triton.cdiv(agents, 64)), tokens // 256))
-    dk, dv = (_sums(dlogits, shares, images, agents, num_heads * common["HEAD_DIM"]) for _ in "kv")
-    dpositions = _sums(dlogits, shares, images, num_heads, agents, 2)
+    shares = max(1, min(PROGRAMS // (images * num_heads * triton.cdiv(agents, 64)), tokens // 256))
+    dk, dv = (room_for_sums(dlogits, shares, images, agents, num_heads * common["HEAD_DIM"]) for _ in "kv")
+    dpositions = room_for_sums(dlogits, shares, images, num_heads, agents, 2)
     _run_backward_agents(
         lambda block: (images * triton.cdiv(agents, block["BLOCK_N"]) * shares * num_heads,),
         dk_ptr=dk, dv_ptr=dv, dpositions_ptr=dpositions, dlogits_ptr=dlogits, images=images,
@@ -385,22 +302,3 @@ def _agent_gradients(
     )  # fmt: skip
     by_group = dpositions.sum(0).unflatten(1, (groups, -1)).sum(2)  # (I, g, n, 2)
     return dk.sum(0), dv.sum(0), by_group.transpose(1, 2)
-
-
-def _table_gradient(part: tuple[slice, slice], dlogits: Tensor, positions: Tensor, geometry: dict[str, Any]) -> Tensor:
-    """What some images and agents, with gradients of logits `dlogits` (I, m, n, T), add to the table's gradient."""
-    images, agents = (s.stop - s.start for s in part)
-    num_heads, table_h, table_w = geometry["num_heads"], geometry["table_h"], geometry["table_w"]
-    steps = geometry["step_y"], geometry["step_x"]
-    sides = geometry["tokens"] // geometry["width"], geometry["width"]
-    taps = [min(side, math.ceil(2 / step)) if step else side for side, step in zip(sides, steps, strict=True)]
-    tiles = triton.cdiv(table_h, _TILE_ROWS) * triton.cdiv(table_w, _TILE_COLUMNS)
-    shares = max(1, min(_PROGRAMS // (tiles * num_heads), images * agents))
-    dtable = _sums(dlogits, shares, num_heads, table_h, table_w)
-    _backward_table[(tiles * shares * num_heads,)](
-        dlogits_ptr=dlogits, positions_ptr=positions, dtable_ptr=dtable,
-        inverse_y=1 / (steps[0] or 1), inverse_x=1 / (steps[1] or 1), TAPS_Y=taps[0], TAPS_X=taps[1],
-        images=images, first_image=part[0].start, first_agent=part[1].start, some_agents=agents, shares=shares,
-        ROWS=_TILE_ROWS, COLUMNS=_TILE_COLUMNS, **geometry,
-    )  # fmt: skip
-    return dtable.sum(0)

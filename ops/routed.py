@@ -44,7 +44,8 @@ def routed_attention(
     Returns (B, P, w_q, C).
     """
     name = choose_backend(backend, q, num_heads)
-    k, v = k.to(q.dtype), v.to(q.dtype)  # under autocast they may come from different layers
+    if not k.dtype == v.dtype == q.dtype:  # under autocast they may come from different layers
+        k, v = k.to(q.dtype), v.to(q.dtype)
     if name == "reference":
         return routed_attention_reference(q, k, v, idx, key_mask, num_heads, scale)
     if name == "triton":
