@@ -245,11 +245,16 @@ def checkpoint_to_resume(options: Options, folder: Path) -> tuple[dict[str, Any]
     return load_latest(folder) if options.auto_resume else None
 
 
+def check_model_name(name: str, option: str) -> None:
+    """UsageError, naming the closest model, if neither this project nor timm has one of this name."""
+    if not timm.is_model(name):
+        remedy = did_you_mean(name, timm.list_models(), f"try {models.MODEL_NAMES[0]}")
+        raise UsageError(f"unknown {option} {name!r}; {remedy}")
+
+
 def build_model(options: Options, num_classes: int) -> nn.Module:
     """The model of --model with the options' regularisation. UsageError if timm or the model refuses."""
-    if not timm.is_model(options.model):
-        remedy = did_you_mean(options.model, timm.list_models(), f"try {models.MODEL_NAMES[0]}")
-        raise UsageError(f"unknown --model {options.model!r}; {remedy}")
+    check_model_name(options.model, "--model")
     cfg = timm.get_pretrained_cfg(options.model, allow_unregistered=True)
     ours = timm.models.is_model_in_modules(options.model, ("debiformer", "biformer", "stl"))
     sized = ours or bool(cfg and cfg.fixed_input_size)
@@ -294,9 +299,7 @@ def build_teacher(options: Options, num_classes: int, device: torch.device) -> n
     """The frozen teacher of --distillation_type; None without distillation."""
     if options.distillation_type == "none":
         return None
-    if not timm.is_model(options.teacher_model):
-        remedy = did_you_mean(options.teacher_model, timm.list_models(), "it has to be one of timm's")
-        raise UsageError(f"unknown --teacher_model {options.teacher_model!r}; {remedy}")
+    check_model_name(options.teacher_model, "--teacher_model")
     teacher = timm.create_model(options.teacher_model, pretrained=not options.teacher_path, num_classes=num_classes)
     if options.teacher_path:
         load_weights(

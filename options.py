@@ -240,7 +240,7 @@ def parse_args(argv: Sequence[str] | None = None, program: str = "main.py") -> O
 
     Both spellings, --batch-size and --batch_size, are taken. Later beats earlier, the command line beats the recipe.
     """
-    argv = [_with_underscores(arg) for arg in (sys.argv[1:] if argv is None else argv)]
+    argv = [with_underscores(arg) for arg in (sys.argv[1:] if argv is None else argv)]
     parser = _parser(program)
     try:
         given, unknown = parser.parse_known_args(argv)
@@ -332,14 +332,15 @@ def markdown_table() -> str:
     return "\n".join(lines)
 
 
-class _Parser(argparse.ArgumentParser):
+class OneLineParser(argparse.ArgumentParser):
+    """A parser whose errors are one line, without a screenful of usage."""
+
     def error(self, message: str) -> NoReturn:
-        """One line; the default also prints a screenful of usage."""
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def _parser(program: str) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OneLineParser(
         prog=program,
         usage="%(prog)s [--OPTION VALUE ...]",
         description="Train and evaluate DeBiFormer, BiFormer and any model of timm.",
@@ -370,7 +371,7 @@ def _add_argument(section: Any, spec: Field, hint: Any) -> None:
     elif get_origin(hint) is list:
         section.add_argument(flag, nargs="+", action=_Numbers, metavar="X", help=help)
     elif get_origin(hint) is dict:
-        section.add_argument(flag, nargs="+", action=_KeyValues, metavar="NAME=VALUE", help=help)
+        section.add_argument(flag, nargs="+", action=KeyValues, metavar="NAME=VALUE", help=help)
     else:
         metavar = "{" + ",".join(choices) + "}" if choices else hint.__name__.upper()
         section.add_argument(flag, type=_nullable(hint) if optional else hint, metavar=metavar, help=help)
@@ -420,7 +421,7 @@ class _Numbers(argparse.Action):
         setattr(namespace, self.dest, numbers)
 
 
-class _KeyValues(argparse.Action):
+class KeyValues(argparse.Action):
     """--model_kwargs n_win=8 depths=2,2,9,3: numbers, true, false, null, words, and comma-separated lists of them."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
@@ -437,7 +438,8 @@ def _plain_value(text: str) -> Any:
     return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
 
 
-def _with_underscores(arg: str) -> str:
+def with_underscores(arg: str) -> str:
+    """--batch-size=8 as --batch_size=8; anything else as it is."""
     if not arg.startswith("--"):
         return arg
     name, separator, value = arg.partition("=")

@@ -79,6 +79,10 @@ def test_main_does_not_know_hydra():
     assert "hydra_main" not in imports_of_project(Path("main.py"))
 
 
+def test_tools_stand_above_all_others():
+    assert [str(path) for path in FILES if "tools" in imports_of_project(path)] == []
+
+
 def test_only_triton_files_import_triton():
     users = {path for path, names in IMPORTS.items() if "triton" in {name.split(".")[0] for name in names}}
     assert [str(path) for path in users if not path.name.endswith("_triton.py")] == []

@@ -1,0 +1,183 @@
+"""Exported models compute what the model computes, in the library they were exported for."""
+
+import json
+import os
+
+import onnx
+import onnxruntime
+import pytest
+import safetensors
+import timm
+import torch
+from golden.fill import fill
+from support import CLASSES, command
+
+from checkpoint import weights_of
+from errors import UsageError
+from tools import export
+from tools.loading import UNTRAINED, Loaded, load_model
+
+FAMILIES = ["debiformer_nano", "biformer_tiny", "biformer_stl", "biformer_stl_nchw", "maxvit_stl"]
+
+
+def loaded_with_varied_weights(name: str, **kwargs) -> Loaded:
+    loaded = load_model(name, **kwargs)
+    fill(loaded.model).float()
+    return loaded
+
+
+def run_onnx(path, images):
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(["logits"], {"images": images.numpy()})[0])
+
+
+def relative(actual, expected):
+    return float((actual - expected).abs().max() / expected.abs().max())
+
+
+# -- ONNX
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_onnx_gives_the_same_logits_for_any_batch_size(name, tmp_path):
+    loaded = loaded_with_varied_weights(name, input_size=64)
+    path = tmp_path / "model.onnx"
+    assert export.export(loaded, "onnx", path) < 1e-4
+    assert os.listdir(tmp_path) == ["model.onnx"]
+    onnx.checker.check_model(path)
+    for batch in (1, 2, 5):
+        images = torch.randn(batch, 3, 64, 64)
+        assert relative(run_onnx(path, images), loaded.model(images)) < 1e-4
+
+
+def test_packages_that_are_missing_are_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else object())
+    with pytest.raises(UsageError, match=r"needs onnxscript: pip install onnxscript$"):
+        export.export(load_model("debiformer_nano"), "onnx", tmp_path / "model.onnx")
+
+
+def test_a_model_that_torch_cannot_export_is_reported_in_one_line(tmp_path):
+    loaded = load_model("debiformer_nano")
+    loaded.model.head = torch.nn.Identity()
+    loaded.model.head.forward = lambda x: x if x.sum() > 0 else -x
+    with pytest.raises(UsageError, match=r"^torch\.onnx cannot export debiformer_nano: .+") as error:
+        export.export(loaded, "onnx", tmp_path / "model.onnx")
+    assert "\n" not in str(error.value)
+    assert os.listdir(tmp_path) == []
+
+
+# -- safetensors
+
+
+@torch.no_grad()
+def test_safetensors_load_into_timm(checkpoint, tmp_path):
+    loaded = load_model("debiformer_nano", str(checkpoint))
+    path = tmp_path / "model.safetensors"
+    assert export.export(loaded, "safetensors", path) < 1e-6
+    with safetensors.safe_open(path, "pt") as file:
+        description = {name: json.loads(value) for name, value in file.metadata().items()}
+    assert description["classes"] == list(CLASSES)
+    assert description["input_size"] == 32
+    twin = timm.create_model(
+        description["model"],
+        num_classes=4,
+        img_size=description["input_size"],
+        checkpoint_path=path,
+        **description["model_kwargs"],
+    )
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(twin.eval()(images), loaded.model(images))
+    weights = weights_of(torch.load(checkpoint, weights_only=True), checkpoint)
+    assert all(torch.equal(value, weights[name]) for name, value in twin.state_dict().items())
+
+
+# -- Hugging Face
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_timm_builds_every_family_from_an_exported_folder(name, tmp_path):
+    loaded = loaded_with_varied_weights(name, input_size=64)
+    export.export(loaded, "hf", tmp_path / "repo")
+    twin = timm.create_model(f"local-dir:{tmp_path / 'repo'}", pretrained=True).eval()
+    images = torch.randn(2, 3, 64, 64)
+    assert torch.equal(twin(images), loaded.model(images))
+
+
+@torch.no_grad()
+def test_a_hugging_face_folder_says_all_about_a_trained_model(checkpoint, tmp_path):
+    loaded = load_model("debiformer_nano", str(checkpoint))
+    folder = tmp_path / "repo"
+    export.export(loaded, "hf", folder)
+    assert sorted(os.listdir(folder)) == ["README.md", "config.json", "model.safetensors"]
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architecture"] == "debiformer_nano"
+    assert config["label_names"] == list(CLASSES)
+    assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
+    twin = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(twin(images), loaded.model(images))
+    data = timm.data.resolve_model_data_config(twin)
+    assert (data["input_size"], data["crop_pct"]) == ((3, 32, 32), 0.875)
+    tuned = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=7)
+    assert torch.equal(tuned.stages[0][0].attn1.wo.weight, loaded.model.stages[0][0].attn1.wo.weight)
+    assert tuned.head.out_features == 7
+
+
+# -- what is refused
+
+
+def test_what_differs_is_not_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(export, "TOLERANCE", -1)
+    for kind in ("safetensors", "hf"):
+        with pytest.raises(UsageError, match=r"off by .* not kept"):
+            export.export(load_model("debiformer_nano"), kind, tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+def test_folders_and_files_in_the_way(tmp_path):
+    loaded = load_model("debiformer_nano")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    for kind, name, words in (
+        ("hf", "full", "exists already"),
+        ("hf", "full/file", "exists already"),
+        ("safetensors", "full", "is a folder"),
+        ("safetensors", "full/file/model", "cannot write"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            export.export(loaded, kind, tmp_path / name)
+    assert (tmp_path / "full" / "file").read_text() == "mine"
+    assert os.listdir(tmp_path / "full") == ["file"]
+    (tmp_path / "empty").mkdir()
+    export.export(loaded, "hf", tmp_path / "empty")
+    assert (tmp_path / "empty" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--format", "tflite", "--output", "x"], "invalid choice: 'tflite'"),
+        (["--format", "hf"], "--output"),
+        (["--output", "x"], "--format"),
+    ],
+)
+def test_bad_command_lines_get_one_line(capsys, argv, words):
+    with pytest.raises(SystemExit) as stop:
+        export.main(["--model", "debiformer_nano", *argv])
+    assert stop.value.code == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert words in line
+
+
+def test_the_command_prints_and_ends_as_documented(tmp_path):
+    run = ["-m", "tools.export", "--model", "debiformer_nano", "--format", "safetensors", "--output"]
+    printed = command(*run, tmp_path / "new" / "model.safetensors")
+    assert (printed.returncode, printed.stderr) == (0, "")
+    assert printed.stdout.splitlines()[0] == UNTRAINED
+    assert f"Wrote {tmp_path}/new/model.safetensors" in printed.stdout
+    printed = command(*run, tmp_path)
+    assert printed.returncode == 2
+    assert printed.stderr.startswith(f"tools.export: error: {tmp_path} is a folder")
+    assert len(printed.stderr.splitlines()) == 1

@@ -1,0 +1,128 @@
+"""A model for use, with what its checkpoint says about it."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import timm
+from timm.data import ImageNetInfo
+from torch import nn
+
+from checkpoint import load_checkpoint, load_weights, weights_of
+from errors import UsageError
+from main import build_model, check_model_name
+from options import KeyValues, OneLineParser, Options, check_ranges, with_underscores
+
+UNTRAINED = "*** UNTRAINED WEIGHTS: no --checkpoint was given, what the model says is random ***"
+
+
+@dataclass
+class Loaded:
+    """A model in evaluation mode, on the CPU.
+
+    options: what its images need to look like. labels: its classes. trained: whether a checkpoint gave its weights.
+    """
+
+    model: nn.Module
+    options: Options
+    labels: list[str]
+    trained: bool
+
+
+def load_model(
+    name: str,
+    checkpoint: str = "",
+    *,
+    use_ema: bool = False,
+    input_size: int | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+) -> Loaded:
+    """A model with a checkpoint's weights, classes and training options, or untrained with 1000 classes.
+
+    input_size: side of the images in pixels; None: as trained. model_kwargs go to the model, on top of the
+    checkpoint's. UsageError for an unknown model, or a checkpoint that is none or of another one.
+    """
+    check_model_name(name, "--model")
+    content = load_checkpoint(checkpoint) if checkpoint else {}
+    trained_with = _options_of(content)
+    options = Options(
+        model=name,
+        input_size=trained_with.get("input_size") or _native_size(name),
+        drop_path=0.0,
+        model_kwargs={**(trained_with.get("model_kwargs") or {}), **(model_kwargs or {})},
+        **{key: trained_with[key] for key in ("crop_pct", "data_set") if trained_with.get(key)},
+    )
+    if checkpoint:
+        weights = weights_of(content, checkpoint, use_ema)
+        model = build_model(options, _count_classes(weights, name, checkpoint))
+        load_weights(model, weights, checkpoint)
+    else:
+        model = build_model(options, 1000)
+    options.input_size = options.input_size if input_size is None else input_size
+    check_ranges(options, prefix="--")
+    return Loaded(model.eval(), options, _labels_of(content, model.num_classes), trained=bool(checkpoint))
+
+
+def _options_of(content: dict[str, Any]) -> dict[str, Any]:
+    """The options a checkpoint was trained with; authors save them as a Namespace, some not at all."""
+    options = content.get("args")
+    if isinstance(options, argparse.Namespace):
+        options = vars(options)
+    return options if isinstance(options, dict) else {}
+
+
+def _native_size(name: str) -> int:
+    cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return cfg.input_size[-1] if cfg else 224
+
+
+def _count_classes(weights: dict[str, Any], name: str, checkpoint: str) -> int:
+    cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    classifier = cfg.classifier if cfg and isinstance(cfg.classifier, str) else "head"
+    weight = weights.get(f"{classifier}.weight")
+    if weight is None:
+        raise UsageError(f"{checkpoint} holds no classifier of {name} ({classifier}.weight); is it of another model?")
+    return weight.shape[0]
+
+
+def _labels_of(content: dict[str, Any], num_classes: int) -> list[str]:
+    """The checkpoint's class names; without any, ImageNet's synsets for 1000 classes, otherwise numbers."""
+    classes = content.get("classes")
+    if isinstance(classes, list) and len(classes) == num_classes:
+        return list(map(str, classes))
+    return ImageNetInfo().label_names() if num_classes == 1000 else [f"class {i}" for i in range(num_classes)]
+
+
+@cache
+def imagenet_descriptions() -> dict[str, str]:
+    """What ImageNet's synsets mean: {'n01440764': 'tench, Tinca tinca', ...}."""
+    return ImageNetInfo().label_descriptions(as_dict=True)
+
+
+def model_parser(program: str, description: str) -> OneLineParser:
+    """A command line that says which model to load."""
+    parser = OneLineParser(prog=f"python -m {program}", description=description, allow_abbrev=False)
+    parser.add_argument("--model", required=True, help="a model of this project or any of timm's")
+    parser.add_argument("--checkpoint", default="", help="file with its weights; its class count and options are used")
+    parser.add_argument("--use_ema", action="store_true", help="take the checkpoint's averaged weights")
+    parser.add_argument("--input_size", type=int, metavar="PIXELS", help="side of the images; default: as trained")
+    parser.add_argument(
+        "--model_kwargs", nargs="+", action=KeyValues, default={}, metavar="NAME=VALUE", help="arguments of the model"
+    )
+    return parser
+
+
+def load_from(parser: OneLineParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, Loaded]:
+    """The arguments of a command line (of this process if None) and the model that they name."""
+    args = parser.parse_args([with_underscores(arg) for arg in (sys.argv[1:] if argv is None else argv)])
+    loaded = load_model(
+        args.model,
+        args.checkpoint,
+        use_ema=args.use_ema,
+        input_size=args.input_size,
+        model_kwargs=args.model_kwargs,
+    )
+    return args, loaded
