@@ -111,8 +111,8 @@ def write_all(
     sections = []
     for query in queries:
         shown = [panels.picture_panel(picture, query), *panels.panels_of(capture, picture, query)]
-        sections.append(Section(_heading(query), _write_panels(shown, capture.size, folder, f"_{query.x}_{query.y}")))
-        overview = panels.overview(shown, f"{subject.name} ({subject.origin}), {_heading(query)}", capture.size)
+        sections.append(Section(query.words, _write_panels(shown, capture.size, folder, f"_{query.x}_{query.y}")))
+        overview = panels.overview(shown, f"{subject.name} ({subject.origin}), {query.words}", capture.size)
         overview.savefig(folder / f"overview_{query.x}_{query.y}.png")
     if evident:
         best = int(capture.logits.argmax())
@@ -135,12 +135,6 @@ def write_all(
         ),
         encoding="utf-8",
     )
-
-
-def _heading(query: panels.Query) -> str:
-    block = "last block" if query.block == -1 else f"block {query.block}"
-    head = "mean over the heads" if query.head is None else f"head {query.head}"
-    return f"query {query}, stage {query.stage}, {block}, {head}"
 
 
 def _write_panels(shown: list[panels.Panel], size: tuple[int, int], folder: Path, suffix: str = "") -> list[Picture]:

@@ -8,6 +8,7 @@ k routed windows, Ha x Wa agent grid (padded likewise), g offset groups. One ima
 """
 
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -114,6 +115,23 @@ def check_readable(model: nn.Module, name: str) -> None:
     """UsageError if the model called `name` has no attention that can be read."""
     if not readable_layers(model):
         raise UsageError(f"{name} has no routing or deformable attention to show; choose a debiformer or biformer")
+
+
+@contextmanager
+def time_limit(model: nn.Module, seconds: float) -> Iterator[None]:
+    """Within the block, forward passes end with a UsageError at the first attention layer after so many seconds."""
+    end = time.monotonic() + seconds
+
+    def check(module: nn.Module, args: Any) -> None:
+        if time.monotonic() > end:
+            raise UsageError(f"given up after {seconds:g} seconds; choose a smaller model or image")
+
+    handles = [module.register_forward_pre_hook(check) for module in readable_layers(model).values()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ Both are extras; asking for them without the library is a UsageError that says w
 """
 
 import importlib
-from collections.abc import Callable
+import math
 from types import ModuleType
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import nn
 from errors import UsageError
 
 from . import figures
+from .capture import time_limit
 from .images import to_tensor
 from .panels import Panel
 from .subject import Subject
@@ -57,16 +58,15 @@ def integrated_gradients(
     return values[0].sum(0).detach().double().numpy(), float(error)
 
 
-def evidence_panels(
-    subject: Subject, view: Image.Image, class_number: int, progress: Callable[[str], None] = lambda stage: None
-) -> list[Panel]:
-    """Both methods' panels for one class. Several threads may call it; they take turns."""
+def evidence_panels(subject: Subject, view: Image.Image, class_number: int, seconds: float = math.inf) -> list[Panel]:
+    """Both methods' panels for one class. Several threads may call it; they take turns.
+
+    UsageError if it takes longer than `seconds`, or a library is missing.
+    """
     picture, image = np.asarray(view), to_tensor(view)
     name = subject.classes[class_number]
-    with subject.lock:
-        progress("Grad-CAM")
+    with subject.lock, time_limit(subject.model, seconds):
         cam = grad_cam(subject.model, image, class_number)
-        progress("integrated gradients")
         attribution, error = integrated_gradients(subject.model, image, class_number)
         subject.model.zero_grad(set_to_none=True)
     return [

@@ -16,13 +16,18 @@ from .capture import AgentLayer, Capture, Layer, RoutedLayer
 
 def token_at(layer: Layer, size: tuple[int, int], x: int, y: int) -> tuple[int, int]:
     """Row and column of the token whose cell holds the pixel (x, y). UsageError outside of size (height, width)."""
+    check_inside(size, x, y)
+    return y // layer.stride, x // layer.stride
+
+
+def check_inside(size: tuple[int, int], x: int, y: int) -> None:
+    """UsageError if the pixel (x, y) lies outside of a picture of size (height, width)."""
     height, width = size
     if not (0 <= x < width and 0 <= y < height):
         raise UsageError(
             f"the query {x},{y} lies outside of the {width}x{height} picture; "
             f"x goes from 0 to {width - 1}, y from 0 to {height - 1}"
         )
-    return y // layer.stride, x // layer.stride
 
 
 def check_head(layers: list[Layer], head: int | None) -> None:

@@ -43,6 +43,16 @@ class Query:
     def __str__(self) -> str:
         return f"{self.x},{self.y}"
 
+    @property
+    def heads(self) -> str:
+        return "mean over the heads" if self.head is None else f"head {self.head}"
+
+    @property
+    def words(self) -> str:
+        """The whole query, as a heading."""
+        block = "last block" if self.block == -1 else f"block {self.block}"
+        return f"Query {self}, stage {self.stage}, {block}, {self.heads}"
+
 
 def panels_of(capture: Capture, picture: np.ndarray, query: Query) -> list[Panel]:
     """Every panel there is for the query, in the order of the computation.
@@ -61,10 +71,6 @@ def panels_of(capture: Capture, picture: np.ndarray, query: Query) -> list[Panel
             title = f"{panel.title}, second attention" if again else panel.title
             panels.append(Panel(f"{panel.key}_{number}" if again else panel.key, title, panel.caption, panel.draw))
     return panels
-
-
-def _heads_of(query: Query) -> str:
-    return "mean over the heads" if query.head is None else f"head {query.head}"
 
 
 def _peak(weights: Tensor) -> str:
@@ -103,7 +109,7 @@ def _routed_panels(layer: RoutedLayer, picture: np.ndarray, query: Query, row: i
     attention = Panel(
         "token_attention",
         "Token attention",
-        f"Where the marked token looks within what it may read ({_heads_of(query)}). "
+        f"Where the marked token looks within what it may read ({query.heads}). "
         f"The brightest token gets {_peak(weights)}.{_in_padding(layer, weights)}",
         draw_attention,
     )
@@ -157,7 +163,7 @@ def _agent_panels(layer: AgentLayer, picture: np.ndarray, query: Query, row: int
             "agents",
             "Deformable agents",
             f"{ha * wa} agents{groups}: crosses are the reference grid, lines lead to where the agents went, areas are "
-            f"the attention that they get from all tokens ({_heads_of(query)}). "
+            f"the attention that they get from all tokens ({query.heads}). "
             f"{100 * clamped:.1f} % were stopped at the picture's edge.",
             draw_agents,
         ),
@@ -171,7 +177,7 @@ def _agent_panels(layer: AgentLayer, picture: np.ndarray, query: Query, row: int
         Panel(
             "composed",
             "Token → agents → pixels",
-            f"What the marked token sees through all agents: its attention to them ({_heads_of(query)}) times theirs. "
+            f"What the marked token sees through all agents: its attention to them ({query.heads}) times theirs. "
             f"The brightest token gets {_peak(composed)}.{_in_padding(layer, composed)}",
             draw_composed,
         ),

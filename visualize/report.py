@@ -55,7 +55,7 @@ def report_html(
     rows = "".join(f"<tr><td>{escape(name)}</td><td>{100 * share:.1f} %</td></tr>" for name, share in predictions)
     alarm = "" if trained else f'<p class="alarm"><strong>{UNTRAINED}</strong>{UNTRAINED_HINT}</p>'
     body = "".join(
-        f'<h2>{escape(section.title)}</h2><div class="panels">{"".join(map(_figure, section.pictures))}</div>'
+        f'<h2>{escape(section.title)}</h2><div class="panels">{"".join(map(figure_html, section.pictures))}</div>'
         for section in sections
     )
     return (
@@ -67,7 +67,7 @@ def report_html(
     )
 
 
-def _figure(picture: Picture) -> str:
+def figure_html(picture: Picture) -> str:
     data = base64.b64encode(picture.data).decode()
     title = escape(picture.title)
     return (

@@ -1,6 +1,7 @@
 """The model that is looked at: built, its weights loaded, with what it takes to show it images and name its classes."""
 
 import argparse
+import math
 import re
 import threading
 from dataclasses import dataclass, field
@@ -17,14 +18,14 @@ import models
 from checkpoint import load_checkpoint, load_weights, weights_of
 from errors import UsageError, did_you_mean
 
-from .capture import Capture, capture, check_readable
+from .capture import Capture, capture, check_readable, time_limit
 from .images import to_tensor, view_of
 
 DEFAULT_MODEL = "debiformer_tiny"
-MAX_INPUT_SIZE = 1024
+MAX_INPUT_SIZE = 512
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Subject:
     """model: in evaluation mode on the CPU. classes: names, one per logit. origin: where the weights come from.
 
@@ -50,9 +51,12 @@ class Subject:
         """The picture that the model sees of an RGB image."""
         return view_of(image, self.input_size, self.crop_pct)
 
-    def capture(self, view: Image.Image) -> Capture:
-        """One forward pass over a view, watched. Several threads may call it; they take turns."""
-        with self.lock:
+    def capture(self, view: Image.Image, seconds: float = math.inf) -> Capture:
+        """One forward pass over a view, watched. Several threads may call it; they take turns.
+
+        UsageError if the pass takes longer than `seconds`.
+        """
+        with self.lock, time_limit(self.model, seconds):
             return capture(self.model, to_tensor(view))
 
 
