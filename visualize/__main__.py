@@ -29,6 +29,7 @@ def parser() -> Parser:
     """The command line."""
     result = Parser(
         prog="python -m visualize",
+        allow_abbrev=False,
         description="Draws, for points of an image, what the attention of a model does there.",
     )
     add = result.add_argument

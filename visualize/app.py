@@ -97,7 +97,8 @@ class Page:
             with gr.Column(scale=1, min_width=320):
                 names = list(session.samples())
                 self.sample = gr.Radio(names, value=names[0], label="Photographs", elem_id="sample")
-                self.upload = gr.File(label="Or an image of yours", type="filepath", height=140, elem_id="upload")
+                gr.Markdown("Or an image of yours:")
+                self.upload = gr.File(type="filepath", show_label=False, height=140, elem_id="upload")
                 self.model = gr.Dropdown(list(models.MODEL_NAMES), value=self.start.model, label="Model")
                 self.checkpoint = gr.Dropdown(
                     [NO_CHECKPOINT, *checkpoints], value=self.start.checkpoint or NO_CHECKPOINT, label="Checkpoint"
@@ -310,7 +311,8 @@ def local_theme() -> gr.themes.Base:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve the page until it is stopped."""
-    parser = Parser(prog="python -m visualize.app", description="A page that shows what the attention does.")
+    about = "A page that shows what the attention does."
+    parser = Parser(prog="python -m visualize.app", allow_abbrev=False, description=about)
     parser.add_argument("--model", help=f"to start with (default: the checkpoint's, or else {DEFAULT_MODEL})")
     parser.add_argument("--checkpoint", default="", metavar="FILE", help="to start with (default: none)")
     runs = "offer the best.pth of all runs in it (default: outputs)"

@@ -1,5 +1,6 @@
 """From any image file to the picture that a model sees."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -7,11 +8,16 @@ import torch
 from PIL import Image, ImageOps
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import center_crop, resize
 
 from errors import UsageError
 
 SMALLEST_SIDE, LARGEST_SIDE = 8, 8192
 """Pixels: scikit-learn's digits are 8 wide; a decoded image of the largest size takes 200 MB."""
+
+LONGEST_PROPORTION = 4
+"""Longer images lose their ends before they are resized, so that a long, thin one does not become huge."""
 
 BACKGROUND = "white"
 SUFFIXES = frozenset(Image.registered_extensions())
@@ -69,14 +75,12 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 
 def view_of(image: Image.Image, side: int, crop_pct: float) -> Image.Image:
-    """The centre square that evaluation crops (`crop_pct` of the shorter side), resized to `side` pixels.
-
-    The crop comes first, so that a long, thin image does not grow.
-    """
-    width, height = image.size
-    edge = min(width, height) * crop_pct
-    left, top = (width - edge) / 2, (height - edge) / 2
-    return image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, left + edge, top + edge))
+    """The square of `side` pixels that evaluation crops out of an RGB image: `crop_pct` of its shorter side."""
+    shorter = min(image.size)
+    longest = LONGEST_PROPORTION * shorter
+    if max(image.size) > longest:
+        image = center_crop(image, [min(edge, longest) for edge in reversed(image.size)])
+    return center_crop(resize(image, math.floor(side / crop_pct), InterpolationMode.BICUBIC), side)
 
 
 def to_tensor(view: Image.Image) -> Tensor:

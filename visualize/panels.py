@@ -226,7 +226,7 @@ def layer_frames(capture: Capture, picture: np.ndarray, query: Query, side: int 
             (axes,) = figures.full_bleed(figure)
             figures.show(axes, heat)
             figures.mark_query(axes, (query.x, query.y))
-            label = f"stage {layer.stage}, block {layer.block}: {name}"
+            label = f"stage {layer.stage}, block {layer.block}, {layer.name.rsplit('.', 1)[-1]}: {name}"
             axes.text(
                 *(0.02, 0.02, label),
                 transform=axes.transAxes,
