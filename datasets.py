@@ -365,6 +365,14 @@ class Data:
         """Images that all processes together see in an epoch."""
         return self.updates * self.total_batch
 
+    def watched(self, count: int) -> Tensor:
+        """Up to `count` evaluation images, spread over the data, the same each time: (count, 3, S, S)."""
+        dataset = self.val.dataset
+        if isinstance(dataset, IterableDataset):  # a stream's first ones
+            return next(iter(self.val))[0][:count]
+        count = min(count, len(dataset))
+        return torch.stack([dataset[Key(number * len(dataset) // count)][0] for number in range(count)])
+
     def place(self, epoch: int, start: int = 0) -> int:
         """Set the training loader to image `start` of `epoch`. Returns the update it stands at."""
         dataset = self.train.dataset

@@ -2,9 +2,9 @@
 
     python -m benchmarks.click [MODEL] [--clicks N]
 
-Prints milliseconds, median and worst: of the first answer about a photo (with its forward pass), of a click elsewhere on
-it (pictures and report drawn anew), and of the model's plain forward pass before and after it was watched. The
-network between browser and server is left out; on one machine it adds a few milliseconds per panel.
+Prints milliseconds, median and worst: of the first answer about a photo (with its forward pass), of a click elsewhere
+on it (pictures and report drawn anew), and of the model's plain forward pass before and after it was watched. What the
+browser and the way to it add is left out.
 """
 
 import argparse

@@ -14,7 +14,7 @@ from errors import UsageError, exit_on_error, listed
 
 from . import evidence, figures, maps, panels
 from .images import image_files, open_image
-from .report import Picture, Section, report_html
+from .report import UNTRAINED, Picture, Section, report_html
 from .subject import DEFAULT_MODEL, Subject, load_subject
 
 
@@ -109,11 +109,13 @@ def write_all(
     view = subject.view(image)
     picture = np.asarray(view)
     capture = subject.capture(view)
+    (best_class, share), *_ = maps.predictions(capture, subject.classes)
+    seen, untrained = f"“{best_class}” ({100 * share:.0f} %)", "" if subject.trained else f", {UNTRAINED}"
     sections = []
     for query in queries:
         shown = [panels.picture_panel(picture, query), *panels.panels_of(capture, picture, query)]
         sections.append(Section(query.words, _write_panels(shown, capture.size, folder, f"_{query.x}_{query.y}")))
-        overview = panels.overview(shown, f"{subject.name} ({subject.origin}), {query.words}", capture.size)
+        overview = panels.overview(shown, f"{subject.name}{untrained}: {seen}. {query.words}", capture.size)
         overview.savefig(folder / f"overview_{query.x}_{query.y}.png")
     if evident:
         best = int(capture.logits.argmax())

@@ -31,7 +31,7 @@ def _extra(module: str, package: str) -> ModuleType:
 
 
 def grad_cam(model: nn.Module, image: torch.Tensor, class_number: int) -> np.ndarray:
-    """Grad-CAM (arXiv 1610.02391) on the last stage's map: (height, width) float64 >= 0, not scaled.
+    """Grad-CAM (arXiv 1610.02391) on the last stage's map: (height, width) float64, from 0 to 1 at its strongest.
 
     image: (1, 3, height, width) as the model takes it.
     """
