@@ -5,6 +5,7 @@ Serves on this machine only, unless told otherwise, and asks nothing of any othe
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -24,10 +25,9 @@ from .subject import DEFAULT_MODEL, load_subject
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read on import
 try:
     import gradio as gr
-except ImportError as error:
-    raise SystemExit(
-        "visualize.app: error: the demo page needs gradio: pip install -r requirements-demo.txt"
-    ) from error
+except ImportError:
+    print("visualize.app: error: the page needs gradio: pip install -r requirements-demo.txt", file=sys.stderr)
+    sys.exit(2)
 
 MEAN, NO_CHECKPOINT, LAST_BLOCK = "mean of all", "none: untrained weights", "last"
 LARGEST_FILE = "50mb"

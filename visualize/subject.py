@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import models
 from checkpoint import load_checkpoint, load_weights, weights_of
+from datasets import eval_crop
 from errors import UsageError, did_you_mean
 
 from .capture import Capture, capture, check_readable, time_limit
@@ -99,7 +100,7 @@ def load_subject(name: str | None = None, checkpoint: str | Path | None = None, 
         origin=str(checkpoint) if checkpoint else "untrained weights",
         trained=bool(checkpoint),
         input_size=input_size,
-        crop_pct=float(args.get("crop_pct") or cfg.crop_pct),
+        crop_pct=eval_crop(args.get("data_set", ""), input_size, args.get("crop_pct")) if args else cfg.crop_pct,
     )
 
 

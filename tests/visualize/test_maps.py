@@ -326,15 +326,6 @@ def test_windows_are_boxes_of_whole_tokens(debiformer):
         assert top <= row * layer.stride < bottom
 
 
-def test_counts_of_readers(debiformer):
-    _, found, _ = debiformer
-    layer = found.layers[0]
-    counts = maps.windows_read(layer)
-    assert counts.shape == (layer.n_win, layer.n_win)
-    for window, count in enumerate(counts.flatten().tolist()):
-        assert count == sum(row.count(window) for row in layer.idx.tolist())
-
-
 @settings(derandomize=True, max_examples=30, deadline=None, database=None)
 @given(x=st.integers(-400, 400), y=st.integers(-400, 400))
 def test_queries_are_tokens_or_sentences(debiformer_whole, x, y):

@@ -1,5 +1,6 @@
 """The demo page's handlers, called as the page calls them."""
 
+import socket
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +10,7 @@ import pytest
 import timm
 import torch
 from awkward_images import ACCEPTED, REFUSED, write_huge
+from support import command
 
 import models  # noqa: F401
 from errors import UsageError
@@ -17,7 +19,7 @@ from visualize.capture import capture, time_limit
 from visualize.report import UNTRAINED
 
 gr = pytest.importorskip("gradio", reason="gradio is an extra")
-from visualize.app import MEAN, NO_CHECKPOINT, Desk, Page, find_checkpoints, main  # noqa: E402
+from visualize.app import MEAN, NO_CHECKPOINT, Desk, Page, find_checkpoints, main, serve  # noqa: E402
 
 NANO = session.Choice("debiformer_nano")
 
@@ -225,6 +227,18 @@ def test_checkpoints_on_offer_are_those_of_runs(tmp_path):
         (tmp_path / name / "checkpoint.pth").touch()
     assert sorted(find_checkpoints(str(tmp_path))) == [str(tmp_path / name / "best.pth") for name in ("a", "b")]
     assert find_checkpoints(str(tmp_path / "none")) == []
+
+
+def test_without_gradio_there_is_one_line():
+    script = "import sys, runpy; sys.modules['gradio'] = None; runpy.run_module('visualize.app', run_name='__main__')"
+    printed = command("-c", script)
+    assert printed.returncode == 2
+    assert printed.stderr == "visualize.app: error: the page needs gradio: pip install -r requirements-demo.txt\n"
+
+
+def test_a_port_in_use_is_a_sentence(page):
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UsageError, match="choose another --port"):
+        serve(page, port=taken.getsockname()[1])
 
 
 @pytest.mark.parametrize(

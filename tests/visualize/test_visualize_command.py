@@ -16,6 +16,7 @@ import models  # noqa: F401
 from errors import UsageError, exit_on_error
 from visualize.__main__ import main
 from visualize.report import UNTRAINED, Picture, Section, report_html
+from visualize.subject import load_subject
 
 
 @pytest.fixture(scope="session")
@@ -75,6 +76,16 @@ def test_untrained_weights_are_announced_everywhere(photo, tmp_path, capsys):
     main([str(photo), "--model", "debiformer_nano", "--output", str(tmp_path / "out")])
     assert "UNTRAINED" in capsys.readouterr().err
     assert f"<strong>{UNTRAINED}</strong>" in (tmp_path / "out" / "photo" / "report.html").read_text()
+
+
+def test_a_checkpoint_is_shown_what_its_evaluation_saw(trained, tmp_path):
+    content = torch.load(trained)
+    for data_set, crop_pct, expected in (("IMNET", None, 0.875), ("CIFAR", None, 1.0), ("IMNET", 0.9, 0.9)):
+        args = {**content["args"], "data_set": data_set, "crop_pct": crop_pct}
+        torch.save({**content, "args": args}, tmp_path / "best.pth")
+        subject = load_subject(checkpoint=tmp_path / "best.pth")
+        assert (subject.crop_pct, subject.input_size, subject.name) == (expected, 32, "debiformer_nano")
+    assert load_subject("debiformer_tiny").crop_pct == 0.875
 
 
 def test_a_query_moves_the_picture_of_its_window(trained, photo, tmp_path):
