@@ -6,13 +6,16 @@ VENV := .venv
 MARKS ?= not slow
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test lint docs clean
+.PHONY: quickstart test demo lint docs clean
 
 quickstart: $(VENV)/installed
 	$(RUN) main.py
 
 test: $(VENV)/installed-dev lint
 	$(RUN) -m pytest -n auto --dist loadgroup -m '$(MARKS)' $(ARGS)
+
+demo: $(VENV)/installed-demo  # the page that shows what the attention does; ARGS="--checkpoint FILE"
+	$(RUN) -m visualize.app $(ARGS)
 
 lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
@@ -31,6 +34,10 @@ $(VENV)/installed: requirements.txt
 	$(RUN) -m pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
+$(VENV)/installed-demo: requirements-demo.txt $(VENV)/installed
+	$(RUN) -m pip install --quiet -r requirements-demo.txt
+	touch $@
+
+$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed-demo
 	$(RUN) -m pip install --quiet -r requirements-dev.txt
 	touch $@

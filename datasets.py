@@ -265,7 +265,7 @@ def train_transform(options: Options) -> transforms.Compose:
         re_mode=options.remode,
         re_count=options.recount,
     )
-    if _at_cifar_size(options):  # as published: shifted, not rescaled
+    if _at_cifar_size(options.data_set, options.input_size):  # as published: shifted, not rescaled
         transform.transforms[0] = transforms.RandomCrop(options.input_size, padding=4)
     return transform
 
@@ -276,12 +276,17 @@ def eval_transform(options: Options) -> transforms.Compose:
         input_size=options.input_size,
         is_training=False,
         interpolation="bicubic",
-        crop_pct=options.crop_pct or (1.0 if _at_cifar_size(options) else 224 / 256),
+        crop_pct=eval_crop(options.data_set, options.input_size, options.crop_pct),
     )
 
 
-def _at_cifar_size(options: Options) -> bool:
-    return options.data_set == "CIFAR" and options.input_size <= 32
+def eval_crop(data_set: str, input_size: int, crop_pct: float | None) -> float:
+    """The part of the resized side that evaluation crops, where --crop_pct is `crop_pct`."""
+    return crop_pct or (1.0 if _at_cifar_size(data_set, input_size) else 224 / 256)
+
+
+def _at_cifar_size(data_set: str, input_size: int) -> bool:
+    return data_set == "CIFAR" and input_size <= 32
 
 
 class Transformed(Dataset):
@@ -329,6 +334,14 @@ class Data:
     def epoch_images(self) -> int:
         """Images that all processes together see in an epoch."""
         return self.updates * self.total_batch
+
+    def watched(self, count: int) -> Tensor:
+        """Up to `count` evaluation images, spread over the data, the same each time: (count, 3, S, S)."""
+        dataset = self.val.dataset
+        if isinstance(dataset, IterableDataset):  # a stream's first ones
+            return next(iter(self.val))[0][:count]
+        count = min(count, len(dataset))
+        return torch.stack([dataset[Key(number * len(dataset) // count)][0] for number in range(count)])
 
     def place(self, epoch: int, start: int = 0) -> int:
         """Set the training loader to image `start` of `epoch`. Returns the update it stands at."""

@@ -6,7 +6,7 @@ import time
 import warnings
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
@@ -36,6 +36,9 @@ from optim_factory import build_loss, build_optimizer, build_scheduler
 from options import Options, mixing, parse_args, to_plain
 from run_log import Progress, RunLog, describe, report, summarise, write_options
 from utils import Processes, Request, Requests
+
+if TYPE_CHECKING:
+    from visualize.insight import Watcher
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 AMP_DTYPES = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -126,8 +129,9 @@ def train(options: Options, processes: Processes, device: torch.device) -> dict[
     if processes.is_main:
         write_options(options, folder)
         describe(options, data, model, device, processes)
+    watcher = build_watcher(options, data, model, processes)
     state.history.start()
-    train_epochs(options, processes, folder, data, stepper, state)
+    train_epochs(options, processes, folder, data, stepper, state, watcher)
     state.history.close()
     if processes.is_main:
         summarise(state, folder)
@@ -135,7 +139,13 @@ def train(options: Options, processes: Processes, device: torch.device) -> dict[
 
 
 def train_epochs(
-    options: Options, processes: Processes, folder: Path, data: Data, stepper: Stepper, state: TrainingState
+    options: Options,
+    processes: Processes,
+    folder: Path,
+    data: Data,
+    stepper: Stepper,
+    state: TrainingState,
+    watcher: "Watcher | None" = None,
 ) -> None:
     """The loop: from the place where `state` stands to the last epoch. Stopped if a signal ended it early."""
     meter, optimizer, saved_at = state.meter, state.optimizer, time.monotonic()
@@ -206,6 +216,9 @@ def train_epochs(
                     state.best = {**metrics, "epoch": epoch, "weights": name.replace("test", "model")}
                     if processes.is_main:
                         save_checkpoint(build_checkpoint(state, weights_only=candidate), folder / BEST)
+            if watcher is not None and (epoch + 1) % options.log_attention == 0:
+                seen = watcher.look()
+                state.history.attention(seen.scalars, seen.pictures, epoch)
             record["n_parameters"] = utils.count_parameters(state.model)
             record["seconds"] = round(time.monotonic() - started, 2)
             state.history.end_epoch(record)
@@ -322,6 +335,16 @@ def build_mixup(options: Options, num_classes: int) -> Mixup | None:
         label_smoothing=options.smoothing,
         num_classes=num_classes,
     )
+
+
+def build_watcher(options: Options, data: Data, model: nn.Module, processes: Processes) -> "Watcher | None":
+    """What looks at the attention for --log_attention, on the main process. UsageError if there is none to see."""
+    if not options.log_attention:
+        return None
+    from visualize.insight import IMAGES, Watcher, check_readable
+
+    check_readable(model, f"--log_attention: {options.model}")
+    return Watcher(model, options.model, data.watched(IMAGES)) if processes.is_main else None
 
 
 def precision_of(options: Options, device: torch.device) -> Precision:

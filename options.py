@@ -61,6 +61,9 @@ class RunOptions:
     checkpoint_minutes: float = option(
         0.0, "also write a checkpoint every so many minutes; 0: only after epochs", at_least=0
     )
+    log_attention: int = option(
+        0, "show the attention in TensorBoard every so many epochs, on four validation images; 0: never", at_least=0
+    )
     print_freq: int = option(50, "updates between two log lines", at_least=1)
     world_size: int = option(1, "accepted because published commands have it; the launcher's environment decides")
     dist_url: str = option("env://", "where processes meet; env:// reads MASTER_ADDR and MASTER_PORT")

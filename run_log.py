@@ -1,7 +1,7 @@
 """What a run tells: its progress on the terminal, and log.txt, TensorBoard and curves.png in its folder.
 
 The files come from one history, which checkpoints carry: a run that goes on from a checkpoint writes them anew, so no
-epoch and no point appears twice.
+epoch and no point appears twice. Pictures lie in the run's folder, attention/EPOCH/TAG.png, instead.
 """
 
 import json
@@ -12,8 +12,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
+from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -58,11 +60,33 @@ class RunLog:
         self._writer = SummaryWriter(str(self.tensorboard_folder))
         for tag, value, step in self.points:
             self._writer.add_scalar(tag, value, step)
+        for record in self.epochs:
+            self._show_pictures(record["epoch"])
         self._write_text()
 
     def train_point(self, epoch: float, loss: float, lr: float) -> None:
         """Loss and learning rate at a (fractional) epoch."""
         self._add({"loss": loss, "lr": lr}, round(epoch * POINTS_PER_EPOCH))
+
+    def attention(self, scalars: dict[str, float], pictures: dict[str, Image.Image], epoch: int) -> None:
+        """What the attention did in an epoch: values and pictures by their TensorBoard tags."""
+        self._add(scalars, epoch)
+        if self.folder is None:
+            return
+        for tag, picture in pictures.items():
+            path = self._pictures(epoch) / f"{tag}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            picture.save(path)
+        self._show_pictures(epoch)
+
+    def _pictures(self, epoch: int) -> Path:
+        return self.folder / "attention" / f"{epoch:04d}"
+
+    def _show_pictures(self, epoch: int) -> None:
+        folder = self._pictures(epoch)
+        for path in sorted(folder.rglob("*.png")):
+            tag = path.relative_to(folder).with_suffix("").as_posix()
+            self._writer.add_image(tag, np.asarray(Image.open(path)), epoch, dataformats="HWC")
 
     def end_epoch(self, record: dict[str, Any]) -> None:
         """Take a finished epoch into the records: its number, learning rate, and train_* and test_* values."""

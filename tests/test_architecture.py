@@ -1,10 +1,11 @@
-"""Imports run one way: hydra_main -> main -> engine, data, models -> ops -> libraries."""
+"""Imports run one way: hydra_main -> main -> engine, data, models, visualize -> ops -> libraries."""
 
 import ast
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support import command
 
 ROOT = Path(__file__).parent.parent
 NOT_SOURCE = {"data", "outputs", "tests"}
@@ -73,6 +74,21 @@ def test_models_import_only_ops(path):
 @pytest.mark.parametrize("name", BELOW_MAIN)
 def test_modules_below_main_never_import_a_run(name):
     assert imports_of_project(Path(f"{name}.py")) & RUN_MODULES == set()
+
+
+@pytest.mark.parametrize("path", files_in("visualize"), ids=str)
+def test_visualize_imports_only_models_and_what_lies_below(path):
+    assert imports_of_project(path) <= {"checkpoint", "datasets", "errors", "models", "ops"}
+
+
+def test_only_main_and_benchmarks_import_visualize():
+    users = {path for path in FILES if "visualize" in imports_of_project(path)}
+    assert {path for path in users if path.parts[0] != "benchmarks"} == {Path("main.py")}
+
+
+def test_a_run_loads_visualize_only_when_asked():
+    script = "import sys, main; sys.exit('visualize' in sys.modules or 'matplotlib' in sys.modules)"
+    assert command("-c", script).returncode == 0
 
 
 def test_main_does_not_know_hydra():

@@ -338,3 +338,13 @@ def test_broken_annotations(tmp_path):
     (tmp_path / "categories.json").write_text("{")
     with pytest.raises(UsageError, match="is not JSON"):
         build_data(options_for("--data_set", "INAT", "--data_path", tmp_path), ALONE, CPU)
+
+
+def test_watched_images_are_spread_over_the_evaluation_data(small_options):
+    data = build_data(small_options(), Processes(), torch.device("cpu"))
+    images = data.watched(4)
+    assert images.shape == (4, 3, 32, 32)
+    assert torch.equal(images, data.watched(4))
+    everything = torch.cat([batch for batch, _ in data.val])
+    assert torch.equal(images, everything[[0, 5, 10, 15]])
+    assert len(data.watched(1000)) == len(everything)

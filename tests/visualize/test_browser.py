@@ -1,0 +1,257 @@
+"""The demo page and its report in a real browser: Debian's chromium, driven by Playwright."""
+
+import itertools
+import shutil
+import socket
+import time
+
+import pytest
+import timm
+import torch
+from awkward_images import write_huge, write_text
+
+import models  # noqa: F401
+
+pytestmark = [pytest.mark.browser, pytest.mark.xdist_group("browser")]
+playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed (requirements-dev.txt)")
+pytest.importorskip("gradio", reason="gradio is an extra (requirements-demo.txt)")
+CHROMIUM = shutil.which("chromium")
+if CHROMIUM is None:
+    pytest.skip("chromium is not installed (apt-get install chromium)", allow_module_level=True)
+
+from visualize.app import Page, serve  # noqa: E402
+from visualize.report import UNTRAINED  # noqa: E402
+
+WIDTHS = [1280, 390]
+SLOW = 60_000
+
+
+@pytest.fixture(scope="module")
+def outside():
+    """Addresses off this machine that Python connected to while the page was served."""
+    found = []
+    connect = socket.socket.connect
+
+    def watched(self, address):
+        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            found.append(address)
+        return connect(self, address)
+
+    socket.socket.connect = watched
+    yield found
+    socket.socket.connect = connect
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory, outside):
+    path = tmp_path_factory.mktemp("run") / "best.pth"
+    model = timm.create_model("debiformer_nano", num_classes=2)
+    content = {"model": model.state_dict(), "args": {"model": "debiformer_nano", "input_size": 64}}
+    torch.save({**content, "classes": ["cat", "dog"]}, path)
+    page = Page("debiformer_nano", [str(path)])
+    yield serve(page)
+    page.blocks.close()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+class Visit:
+    """The page open in a browser, with what went wrong in `complaints` and what was asked elsewhere in `strangers`."""
+
+    def __init__(self, browser, address, width=1280, **context):
+        self.context = browser.new_context(viewport={"width": width, "height": 900}, **context)
+        self.page = self.context.new_page()
+        self.page.set_default_timeout(SLOW)
+        self.complaints, self.strangers = [], []
+        self.page.on("console", self.heard)
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("request", self.asked)
+        self.address = address
+        self.page.goto(address)
+        self.page.wait_for_selector("#panels figure")
+        self.settle()
+
+    def heard(self, message):
+        if message.type == "error":
+            self.complaints.append(message.text)
+
+    def asked(self, request):
+        if not request.url.startswith((self.address, "data:", "blob:")):
+            self.strangers.append(request.url)
+
+    def settle(self):
+        self.page.wait_for_function("!document.querySelector('.generating, .pending, .eta-bar')")
+        self.page.evaluate("document.fonts.ready")
+
+    def panels(self):
+        return [image.get_attribute("src") for image in self.page.query_selector_all("#panels img")]
+
+    def until_changed(self, before):
+        end = time.monotonic() + SLOW / 1000
+        while self.panels() == before:
+            assert time.monotonic() < end, "the panels did not change"
+            self.page.wait_for_timeout(50)
+        self.settle()
+        return self.panels()
+
+    def close(self):
+        self.context.close()
+        assert self.complaints == []
+        assert self.strangers == []
+
+
+@pytest.fixture
+def visit(browser, address):
+    visits = []
+
+    def start(**options):
+        visits.append(Visit(browser, address, **options))
+        return visits[-1]
+
+    yield start
+    for one in visits:
+        one.close()
+
+
+def overlaps(page):
+    """Pairs of visible components of the page that cover each other, and what sticks out of it sideways."""
+    boxes = page.evaluate(
+        """() => [...document.querySelectorAll(
+            'h1, .block, #panels figure, #evidence figure, button, .alarm, .predictions, figcaption, label'
+        )].filter(e => e.checkVisibility() && e.getBoundingClientRect().width > 1).map((e, i) => {
+            e.dataset.number = i
+            const r = e.getBoundingClientRect()
+            const above = []
+            for (let p = e.parentElement; p; p = p.parentElement) if (p.dataset.number) above.push(+p.dataset.number)
+            return {i, above, name: e.tagName + '#' + e.id + '.' + e.className, text: e.innerText.slice(0, 30),
+                    left: r.left, top: r.top, right: r.right, bottom: r.bottom}
+        })"""
+    )
+    wrong = [box["name"] for box in boxes if box["left"] < -0.5 or box["right"] > page.viewport_size["width"] + 0.5]
+    for one, two in itertools.combinations(boxes, 2):
+        if one["i"] in two["above"] or two["i"] in one["above"]:
+            continue
+        wide = min(one["right"], two["right"]) - max(one["left"], two["left"])
+        high = min(one["bottom"], two["bottom"]) - max(one["top"], two["top"])
+        if wide > 1 and high > 1:
+            wrong.append((one["name"], one["text"], two["name"], two["text"]))
+    return wrong
+
+
+def scrolls_sideways(page):
+    return page.evaluate("document.documentElement.scrollWidth > innerWidth")
+
+
+def test_from_a_sample_to_the_report(visit, tmp_path):
+    one = visit()
+    page = one.page
+    shown = one.panels()
+    assert len(shown) == 5
+    assert UNTRAINED in page.inner_text("#facts")
+
+    page.click("#sample label:has-text('flower')")
+    shown = one.until_changed(shown)
+
+    page.click("#picture img", position={"x": 40, "y": 60})
+    shown = one.until_changed(shown)
+    assert page.input_value("#point input, #point textarea") != "32,32"
+
+    page.click("#stage label:has-text('1')")
+    shown = one.until_changed(shown)
+
+    with page.expect_download() as download:
+        page.click("#download")
+    path = tmp_path / download.value.suggested_filename
+    assert path.suffix == ".html"
+    download.value.save_as(path)
+    report = one.context.new_page()
+    asked = []
+    report.on("request", lambda request: asked.append(request.url))
+    report.goto(path.as_uri())
+    assert report.inner_text("h1") == "flower through debiformer_nano"
+    assert UNTRAINED in report.inner_text("body")
+    assert report.eval_on_selector_all("img", "all => all.every(i => i.complete && i.naturalWidth > 0)")
+    assert report.locator("figure").count() == 6
+    assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
+
+
+def test_nothing_leaves_the_machine(visit, outside):
+    one = visit()
+    shown = one.panels()
+    one.page.click("#sample label:has-text('flower')")
+    one.until_changed(shown)
+    assert outside == []
+    fonts = one.page.evaluate("getComputedStyle(document.querySelector('.gradio-container')).fontFamily")
+    assert "system-ui" in fonts
+
+
+def test_a_trained_checkpoint_can_be_chosen(visit):
+    one = visit()
+    shown = one.panels()
+    one.page.click("input[aria-label='Checkpoint']")
+    one.page.click("[role=option]:has-text('best.pth')")
+    one.until_changed(shown)
+    assert UNTRAINED not in one.page.inner_text("#facts")
+    assert "cat" in one.page.inner_text("#facts")
+
+
+def test_mistakes_become_a_sentence_and_the_page_goes_on(visit, tmp_path):
+    one = visit()
+    page, shown = one.page, one.panels()
+    for path, words in (
+        (write_text(tmp_path / "notes.txt"), "notes.txt is no image"),
+        (write_huge(tmp_path / "huge.png"), "too many pixels"),
+    ):
+        page.set_input_files("#upload input[type=file]", path)
+        page.wait_for_selector(f"#message [role=alert]:has-text('{words}')")
+        one.settle()
+        page.click("#upload button[aria-label='Remove this file'], #upload button[aria-label='Clear']")
+    field = page.locator("#point input, #point textarea")
+    field.fill("64,0")
+    field.press("Enter")
+    page.wait_for_selector("#message [role=alert]:has-text('64,0 lies outside')")
+    assert "Traceback" not in page.inner_text("body")
+    assert one.panels() == shown
+    page.click("#picture img", position={"x": 40, "y": 60})
+    one.until_changed(shown)
+    assert page.locator("#message [role=alert]").count() == 0
+
+
+def test_two_visitors_do_not_mix(visit):
+    one, two = visit(), visit()
+    assert one.panels() == two.panels()
+    before = one.panels()
+    two.page.click("#sample label:has-text('flower')")
+    flower = two.until_changed(before)
+    one.page.click("#picture img", position={"x": 30, "y": 30})
+    assert one.until_changed(before) != flower
+    assert two.panels() == flower
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_nothing_overlaps(visit, tmp_path, width, scheme):
+    one = visit(width=width, color_scheme=scheme)
+    field = one.page.locator("#point input, #point textarea")
+    field.fill("1000,1")
+    field.press("Enter")
+    one.page.wait_for_selector("#message [role=alert]")  # the fullest page
+    one.settle()
+    assert overlaps(one.page) == []
+    assert not scrolls_sideways(one.page)
+
+    with one.page.expect_download() as download:
+        one.page.click("#download")
+    download.value.save_as(tmp_path / "report.html")
+    report = one.context.new_page()
+    report.goto((tmp_path / "report.html").as_uri())
+    assert overlaps(report) == []
+    assert not scrolls_sideways(report)
+    page_colour = report.evaluate("getComputedStyle(document.body).backgroundColor")
+    assert page_colour == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(21, 21, 21)")

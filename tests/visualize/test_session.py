@@ -1,0 +1,254 @@
+"""The demo page's handlers, called as the page calls them."""
+
+import socket
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+from awkward_images import ACCEPTED, REFUSED, write_huge
+from support import command
+
+import models  # noqa: F401
+from errors import UsageError
+from visualize import session
+from visualize.capture import capture, time_limit
+from visualize.report import UNTRAINED
+
+gr = pytest.importorskip("gradio", reason="gradio is an extra")
+from visualize.app import MEAN, NO_CHECKPOINT, Desk, Page, find_checkpoints, main, serve  # noqa: E402
+
+NANO = session.Choice("debiformer_nano")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    path = tmp_path_factory.mktemp("run") / "best.pth"
+    model = timm.create_model("debiformer_nano", num_classes=2, img_size=32)
+    args = {"model": "debiformer_nano", "input_size": 32}
+    torch.save({"model": model.state_dict(), "args": args, "classes": ["cat", "dog"]}, path)
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def page(trained):
+    return Page("debiformer_nano", [trained])
+
+
+class Visitor:
+    """A browser session: keeps its state as the page would, and names what it sees."""
+
+    def __init__(self, page, name="one"):
+        self.page, self.request, self.desk = page, SimpleNamespace(session_hash=name), None
+        self.do("begin")
+
+    def do(self, event, *values):
+        updates = getattr(self.page, event)(self.desk, *values, request=self.request)
+        seen = dict(zip(self.page.shown, updates, strict=True))
+        if isinstance(seen[self.page.desk], Desk):
+            self.desk = seen[self.page.desk]
+        self.sees = seen
+        return self
+
+    @property
+    def message(self):
+        return self.sees[self.page.message]["value"]
+
+    @property
+    def panels(self):
+        return self.sees[self.page.panels]
+
+
+@pytest.fixture
+def visitor(page):
+    return Visitor(page)
+
+
+def test_a_new_visitor_sees_a_photograph_and_that_the_weights_are_untrained(page, visitor):
+    assert visitor.message == ""
+    assert visitor.panels.count("<figure>") == 5
+    assert f"<strong>{UNTRAINED}</strong>" in visitor.sees[page.facts]
+    assert visitor.sees[page.point] == "32,32"
+
+
+def test_a_click_changes_the_panels(visitor):
+    before = visitor.panels
+    visitor.do("click", SimpleNamespace(index=[10, 440]))
+    assert visitor.sees[visitor.page.point] == "1,62"
+    assert visitor.panels != before
+
+
+def test_settings_change_the_panels_and_offer_what_there_is(page, visitor, trained):
+    before = visitor.panels
+    visitor.do("choose", "debiformer_nano", NO_CHECKPOINT, 4)
+    assert visitor.panels != before
+    assert visitor.sees[page.block]["choices"] == ["last", 0]
+    assert visitor.sees[page.head]["choices"] == [MEAN, 0, 1, 2, 3]
+    before = visitor.panels
+    visitor.do("refine", 0, 3)
+    assert visitor.panels != before
+    assert visitor.desk.choice.head == 3
+    visitor.do("choose", "debiformer_nano", trained, 3)
+    assert UNTRAINED not in visitor.sees[page.facts]
+    assert "cat" in visitor.sees[page.facts]
+    assert visitor.desk.choice.head is None
+
+
+def test_the_report_is_the_visitors_own(page, visitor):
+    other = Visitor(page, "two").do("pick_sample", "flower")
+    visitor.do("click", SimpleNamespace(index=[3, 3]))
+    reports = [Path(one.sees[page.download]).read_text(encoding="utf-8") for one in (visitor, other)]
+    assert "china through debiformer_nano" in reports[0]
+    assert "flower through debiformer_nano" in reports[1]
+    page.leave(visitor.request)
+    assert not Path(visitor.sees[page.download]).exists()
+
+
+def test_visitors_do_not_mix(page):
+    """Interleaved with another visitor, one sees what it sees alone."""
+    steps = [("pick_sample", "flower"), ("choose", "debiformer_nano", NO_CHECKPOINT, 2), ("refine", 0, 1)]
+    alone = Visitor(page, "alone")
+    for step in steps:
+        alone.do(*step)
+    one, two = Visitor(page, "one"), Visitor(page, "two")
+    for step in steps:
+        one.do(*step)
+        two.do("click", SimpleNamespace(index=[len(step) * 40, 7])).do("choose", "biformer_tiny", NO_CHECKPOINT, 1)
+    assert one.panels == alone.panels
+    assert two.panels != alone.panels
+    assert two.desk.photo.name == "china"
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_unusable_uploads_get_a_sentence_and_the_page_goes_on(page, visitor, tmp_path, name):
+    desk = visitor.desk
+    write, words = REFUSED[name]
+    visitor.do("open_file", str(write(tmp_path / name)))
+    assert words in visitor.message
+    assert 'role="alert"' in visitor.message
+    assert "Traceback" not in visitor.message
+    assert visitor.desk is desk
+    visitor.do("pick_sample", "flower")
+    assert visitor.message == ""
+
+
+@pytest.mark.parametrize("name", ACCEPTED)
+def test_unusual_uploads_are_shown(visitor, tmp_path, name):
+    visitor.do("open_file", str(ACCEPTED[name](tmp_path / name)))
+    assert visitor.message == ""
+    assert visitor.desk.photo.name == name
+
+
+@pytest.mark.parametrize(
+    ("event", "values", "words"),
+    [
+        ("type_point", ["64,0"], "64,0 lies outside of the 64x64 picture"),
+        ("type_point", ["here"], "expected a point X,Y"),
+        ("choose", ["debiformer_nano", NO_CHECKPOINT, 7], "no stage 7"),
+        ("choose", ["resnet18", NO_CHECKPOINT, 3], "resnet18 has no routing"),
+        ("choose", ["debiformer_nano", "/etc/passwd", 3], "is not a checkpoint"),
+        ("refine", [9, MEAN], "no block 9"),
+        ("refine", [0, 99], "no head 99"),
+    ],
+)
+def test_what_does_not_exist_gets_a_sentence_and_nothing_changes(page, visitor, event, values, words):
+    desk = visitor.desk
+    visitor.do(event, *values)
+    assert words in visitor.message
+    assert visitor.desk is desk
+    assert visitor.sees[page.stage] == 3
+
+
+def test_a_checkpoint_of_another_model_gets_a_sentence(visitor, trained):
+    visitor.do("choose", "biformer_tiny", trained, 3)
+    assert "is of debiformer_nano, not of biformer_tiny" in visitor.message
+    assert visitor.sees[visitor.page.model] == "debiformer_nano"
+
+
+def test_a_visitor_whose_state_was_dropped_starts_anew(visitor):
+    visitor.desk = None
+    visitor.do("type_point", "5,6")
+    assert visitor.message == ""
+    assert visitor.sees[visitor.page.point] == "5,6"
+
+
+def test_evidence_appears_and_goes_with_its_photo(page, visitor):
+    pytest.importorskip("pytorch_grad_cam", reason="grad-cam is an extra")
+    pytest.importorskip("captum", reason="captum is an extra")
+    visitor.do("show_evidence")
+    assert visitor.sees[page.evidence].count("<figure>") == 2
+    visitor.do("click", SimpleNamespace(index=[3, 3]))
+    assert visitor.sees[page.evidence].count("<figure>") == 2
+    visitor.do("pick_sample", "flower")
+    assert visitor.sees[page.evidence] == ""
+
+
+def test_large_photos_are_kept_small(tmp_path):
+    photo = session.photo_from_file(write_huge(tmp_path / "panorama.png", 8000, 400))
+    assert max(photo.image.size) == session.PHOTO_SIDE
+
+
+def test_a_click_runs_no_second_forward_pass(monkeypatch):
+    photo = session.samples()["china"]
+    first = session.answer(photo, replace(NANO, stage=1))
+    monkeypatch.setattr(type(first.subject), "capture", None)
+    session.answer(photo, replace(NANO, point=(0.1, 0.2)))
+    session.answer(photo, replace(NANO, stage=4, head=1))
+
+
+def test_a_checkpoint_that_was_written_anew_is_loaded_anew(trained):
+    choice = replace(NANO, checkpoint=trained)
+    before = session.subject_of(choice)
+    assert session.subject_of(choice) is before
+    content = torch.load(trained)
+    torch.save({**content, "classes": ["owl", "pig"]}, trained)
+    assert session.subject_of(choice).classes == ["owl", "pig"]
+
+
+def test_a_pass_that_takes_too_long_is_given_up():
+    model = timm.create_model("debiformer_nano").eval()
+    slow = model.stages[1].register_forward_pre_hook(lambda module, args: time.sleep(0.2))
+    image = torch.zeros(1, 3, 64, 64)
+    with pytest.raises(UsageError, match=r"given up after 0\.1 seconds"), time_limit(model, 0.1):
+        capture(model, image)
+    slow.remove()
+    with time_limit(model, 60):
+        capture(model, image)
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
+def test_checkpoints_on_offer_are_those_of_runs(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "best.pth").touch()
+        (tmp_path / name / "checkpoint.pth").touch()
+    assert sorted(find_checkpoints(str(tmp_path))) == [str(tmp_path / name / "best.pth") for name in ("a", "b")]
+    assert find_checkpoints(str(tmp_path / "none")) == []
+
+
+def test_without_gradio_there_is_one_line():
+    script = "import sys, runpy; sys.modules['gradio'] = None; runpy.run_module('visualize.app', run_name='__main__')"
+    printed = command("-c", script)
+    assert printed.returncode == 2
+    assert printed.stderr == "visualize.app: error: the page needs gradio: pip install -r requirements-demo.txt\n"
+
+
+def test_a_port_in_use_is_a_sentence(page):
+    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UsageError, match="choose another --port"):
+        serve(page, port=taken.getsockname()[1])
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["--checkpoint", "none.pth"], "does not exist"),
+        (["--model", "x"], "unknown --model"),
+        (["--p"], "unrecognized"),
+    ],
+)
+def test_mistakes_at_the_start_are_sentences(argv, words):
+    with pytest.raises(UsageError, match=words):
+        main(argv)

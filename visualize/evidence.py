@@ -1,0 +1,90 @@
+"""What in the picture speaks for a class: Grad-CAM and integrated gradients, by the libraries that maintain them.
+
+Both are extras; asking for them without the library is a UsageError that says what to install.
+"""
+
+import importlib
+import math
+from types import ModuleType
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from errors import UsageError
+
+from . import figures
+from .capture import time_limit
+from .images import to_tensor
+from .panels import Panel
+from .subject import Subject
+
+IG_STEPS = 24
+
+
+def _extra(module: str, package: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UsageError(f"class evidence needs {package}: pip install -r requirements-demo.txt") from error
+
+
+def grad_cam(model: nn.Module, image: torch.Tensor, class_number: int) -> np.ndarray:
+    """Grad-CAM (arXiv 1610.02391) on the last stage's map: (height, width) float64, from 0 to 1 at its strongest.
+
+    image: (1, 3, height, width) as the model takes it.
+    """
+    library = _extra("pytorch_grad_cam", "grad-cam")
+    targets = _extra("pytorch_grad_cam.utils.model_targets", "grad-cam")
+    with library.GradCAM(model=model, target_layers=[model.norm]) as cam:
+        weights = cam(input_tensor=image, targets=[targets.ClassifierOutputTarget(class_number)])
+    return weights[0].astype(np.float64)
+
+
+def integrated_gradients(
+    model: nn.Module, image: torch.Tensor, class_number: int, steps: int = IG_STEPS
+) -> tuple[np.ndarray, float]:
+    """Integrated gradients (arXiv 1703.01365) from the mean colour to the image: (height, width) float64, and an error.
+
+    The map is the sum of the channels' attributions; all of it sums to the difference of the logits but for the error,
+    which shrinks with more steps. It need not vanish: routing switches windows along the path, without a gradient.
+    """
+    library = _extra("captum.attr", "captum")
+    method = library.IntegratedGradients(model)
+    # Its batches stay at one image: memory does not grow with the steps.
+    settings = {"n_steps": steps, "internal_batch_size": 1, "return_convergence_delta": True}
+    values, error = method.attribute(image, torch.zeros_like(image), class_number, **settings)
+    return values[0].sum(0).detach().double().numpy(), float(error)
+
+
+def evidence_panels(subject: Subject, view: Image.Image, class_number: int, seconds: float = math.inf) -> list[Panel]:
+    """Both methods' panels for one class. Several threads may call it; they take turns.
+
+    UsageError if it takes longer than `seconds`, or a library is missing.
+    """
+    picture, image = np.asarray(view), to_tensor(view)
+    name = subject.classes[class_number]
+    with subject.lock, time_limit(subject.model, seconds):
+        cam = grad_cam(subject.model, image, class_number)
+        attribution, error = integrated_gradients(subject.model, image, class_number)
+        subject.model.zero_grad(set_to_none=True)
+    return [
+        _panel("grad_cam", "Grad-CAM", f"Where the last stage's features speak for “{name}”.", picture, cam),
+        _panel(
+            "integrated_gradients",
+            "Integrated gradients",
+            f"Pixels that raise or lower the logit of “{name}” against a plain grey picture, by their absolute share "
+            f"({IG_STEPS} steps; the sum misses the logits' difference by {abs(error):.2g}).",
+            picture,
+            np.minimum(np.abs(attribution), np.quantile(np.abs(attribution), 0.995)),
+        ),
+    ]
+
+
+def _panel(key: str, title: str, caption: str, picture: np.ndarray, density: np.ndarray) -> Panel:
+    def draw(figure: figures.FigureBase) -> None:
+        (axes,) = figures.full_bleed(figure)
+        figures.show(axes, figures.heated(picture, density))
+
+    return Panel(key, title, caption, draw)

@@ -1,0 +1,122 @@
+"""What TensorBoard shows of the attention while a model trains: pictures, and numbers that warn of collapse."""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import FigureBase
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torch import Tensor, nn
+
+from . import figures, maps
+from .capture import AgentLayer, Capture, Layer, capture, check_readable
+
+IMAGES = 4
+"""Validation images that are watched."""
+STAGE_SIDE = 224
+Drawing = Callable[[Axes, np.ndarray, list[Layer]], None]
+
+
+@dataclass(frozen=True)
+class Insight:
+    """scalars by tag; pictures by tag."""
+
+    scalars: dict[str, float]
+    pictures: dict[str, Image.Image]
+
+
+class Watcher:
+    """Looks at the same images again and again.
+
+    images: (N, 3, height, width), normalised as for the model. UsageError if the model, called `name`, has nothing to
+    show.
+    """
+
+    def __init__(self, model: nn.Module, name: str, images: Tensor) -> None:
+        check_readable(model, name)
+        self.model, self.images = model, images
+
+    def look(self) -> Insight:
+        """The attention of the model as it is now. Takes one forward pass per image, without effect on the training."""
+        parameter = next(self.model.parameters())
+        captures = [capture(self.model, image[None].to(parameter)) for image in self.images]
+        found: dict[str, list[float]] = defaultdict(list)
+        for one in captures:
+            for layer in one.layers:
+                for name, value in warnings_of(layer).items():
+                    found[name].append(value)
+        pictures = {}
+        for number, (one, image) in enumerate(zip(captures, self.images, strict=True)):
+            picture = picture_of(image)
+            pictures[f"attention_routing/image_{number}"] = stages_in_a_row(one, picture, _draw_routing)
+            if any(isinstance(layer, AgentLayer) for layer in one.layers):
+                pictures[f"attention_agents/image_{number}"] = stages_in_a_row(one, picture, _draw_agents)
+        return Insight({name: sum(values) / len(values) for name, values in sorted(found.items())}, pictures)
+
+
+def warnings_of(layer: Layer) -> dict[str, float]:
+    """Shares in 0..1 that tell of collapse, by tag; empty for plain attention.
+
+    routing_entropy: of how often each window is read, divided by its maximum log P: 0 if all windows read the same
+    one, 1 if all are read equally often. windows_unread: share that no window reads. offset_saturation: share of agents
+    that were stopped at -1 or 1 along an axis. The tag says stage, and whether tokens or agents route.
+    """
+    if layer.n_win == 1:
+        return {}
+    place = f"stage_{layer.stage}_{'agents' if isinstance(layer, AgentLayer) else 'tokens'}"
+    read = maps.windows_read(layer).flatten().double()
+    shares = read / read.sum()
+    entropy = -float(torch.special.xlogy(shares, shares).sum()) / math.log(len(shares))
+    result = {
+        f"attention_routing_entropy/{place}": entropy,
+        f"attention_windows_unread/{place}": float((read == 0).double().mean()),
+    }
+    if isinstance(layer, AgentLayer):
+        ha, wa = layer.agents
+        stopped = (layer.positions[:ha, :wa].abs() >= 1).any(-1)
+        result[f"attention_offset_saturation/{place}"] = float(stopped.double().mean())
+    return result
+
+
+def picture_of(image: Tensor) -> np.ndarray:
+    """(3, height, width), normalised as in training -> (height, width, 3) uint8."""
+    mean, std = (torch.tensor(values, device=image.device) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+    pixels = image.float().permute(1, 2, 0) * std + mean
+    return (pixels.clamp(0, 1) * 255).round().byte().cpu().numpy()
+
+
+def stages_in_a_row(found: Capture, picture: np.ndarray, draw: Drawing) -> Image.Image:
+    """One picture with the last block of each stage, from left to right."""
+
+    def draw_all(figure: FigureBase) -> None:
+        for axes, stage in zip(figures.full_bleed(figure, 1, len(found.depths)), found.depths, strict=True):
+            draw(axes, picture, found.block(stage))
+
+    height, width = found.size
+    stages = len(found.depths)
+    return figures.render(draw_all, (height, width * stages), STAGE_SIDE * stages)
+
+
+def _draw_routing(axes: Axes, picture: np.ndarray, layers: list[Layer]) -> None:
+    """How often each window is read; the brightest is read most."""
+    routed = [layer for layer in layers if layer.n_win > 1]
+    if not routed:
+        figures.show(axes, picture)
+        return
+    layer = routed[0]
+    window = torch.tensor([layer.q.shape[0] // layer.n_win, layer.q.shape[1] // layer.n_win])
+    counts = maps.windows_read(layer).double()
+    tokens = counts.repeat_interleave(int(window[0]), 0).repeat_interleave(int(window[1]), 1)
+    figures.show(axes, figures.heated(picture, maps.to_pixels(layer, tokens, picture.shape[:2]).numpy()))
+
+
+def _draw_agents(axes: Axes, picture: np.ndarray, layers: list[Layer]) -> None:
+    figures.show(axes, figures.dimmed(picture))
+    for layer in layers[-1:]:
+        if isinstance(layer, AgentLayer):
+            figures.draw_agents(axes, layer, None)

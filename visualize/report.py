@@ -1,0 +1,76 @@
+"""One HTML file that holds words and pictures: needs no network, fits a phone, follows the reader's light or dark."""
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass
+from html import escape
+
+UNTRAINED = "UNTRAINED WEIGHTS"
+UNTRAINED_HINT = "Random numbers, not what the model learns: these pictures show the mechanism only."
+
+STYLE = """
+:root { color-scheme: light dark; --text: #1c1c1c; --soft: #5b5b5b; --page: #fff; --card: #f2f2f2; --alarm: #b3001b }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #ececec; --soft: #a8a8a8; --page: #151515; --card: #232323; --alarm: #ff6b7a }
+}
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 76rem; padding: 1rem; font: 1rem/1.5 system-ui, sans-serif;
+  color: var(--text); background: var(--page); overflow-wrap: anywhere }
+h1 { font-size: 1.5rem; line-height: 1.2; margin: 0.5rem 0 }
+h2 { font-size: 1.2rem; margin: 2rem 0 0.5rem }
+.facts { color: var(--soft); margin: 0 0 1rem }
+.alarm { border: 3px solid var(--alarm); border-radius: 0.5rem; padding: 0.75rem 1rem; color: var(--alarm) }
+.alarm strong { display: block; font-size: 2rem; line-height: 1.2 }
+.panels { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 17rem), 1fr)) }
+figure { margin: 0; background: var(--card); border-radius: 0.5rem; overflow: hidden; max-width: 32rem }
+figure img { display: block; width: 100%; height: auto; image-rendering: auto }
+figcaption { padding: 0.6rem 0.8rem 0.8rem }
+figcaption b { display: block }
+table { border-collapse: collapse }
+td { padding: 0.15rem 1rem 0.15rem 0 }
+td:last-child { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+"""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """data: the bytes of a PNG or GIF file, as `mime` says."""
+
+    title: str
+    caption: str
+    data: bytes
+    mime: str = "image/png"
+
+
+@dataclass(frozen=True)
+class Section:
+    title: str
+    pictures: Sequence[Picture]
+
+
+def report_html(
+    title: str, facts: str, predictions: Sequence[tuple[str, float]], sections: Sequence[Section], trained: bool
+) -> str:
+    """The report. facts: one line on model and weights; predictions: class names and probabilities, best first."""
+    rows = "".join(f"<tr><td>{escape(name)}</td><td>{100 * share:.1f} %</td></tr>" for name, share in predictions)
+    alarm = "" if trained else f'<p class="alarm"><strong>{UNTRAINED}</strong>{UNTRAINED_HINT}</p>'
+    body = "".join(
+        f'<h2>{escape(section.title)}</h2><div class="panels">{"".join(map(figure_html, section.pictures))}</div>'
+        for section in sections
+    )
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<title>{escape(title)}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head><body>'
+        f'<h1>{escape(title)}</h1><p class="facts">{escape(facts)}</p>{alarm}'
+        f"<h2>Prediction</h2><table>{rows}</table>{body}</body></html>\n"
+    )
+
+
+def figure_html(picture: Picture) -> str:
+    data = base64.b64encode(picture.data).decode()
+    title = escape(picture.title)
+    return (
+        f'<figure><img src="data:{picture.mime};base64,{data}" alt="{title}">'
+        f"<figcaption><b>{title}</b>{escape(picture.caption)}</figcaption></figure>"
+    )

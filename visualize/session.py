@@ -1,0 +1,157 @@
+"""What the demo page computes: pure functions of a photo, a point and choices, with bounded caches and costs.
+
+Nothing here knows of the page, and nothing is kept per user: a user's state is a `Photo` and a `Choice`.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from errors import UsageError
+
+from . import evidence, figures, maps, panels
+from .capture import Capture
+from .images import open_image
+from .report import Picture, Section, report_html
+from .subject import Subject, load_subject
+
+PHOTO_SIDE = 1024
+"""Pixels kept of a photo's longer side."""
+MODELS_KEPT, CAPTURES_KEPT = 2, 8
+SECONDS, EVIDENCE_SECONDS = 30.0, 120.0
+"""After so long a request is given up."""
+
+
+@dataclass(frozen=True)
+class Photo:
+    """An RGB image under its name; equal if the pixels are."""
+
+    digest: str
+    name: str = field(compare=False)
+    image: Image.Image = field(compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a user has set. point: (x, y) as fractions of the picture, 0..1; checkpoint "": untrained weights."""
+
+    model: str
+    checkpoint: str = ""
+    stage: int = 3
+    block: int = -1
+    head: int | None = None
+    point: tuple[float, float] = (0.5, 0.5)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the page shows. blocks, heads: how many the chosen stage has; query: the point in pixels of `size`."""
+
+    subject: Subject
+    picture: Image.Image
+    panels: list[Picture]
+    predictions: list[tuple[str, float]]
+    query: panels.Query
+    size: tuple[int, int]
+    blocks: int
+    heads: int
+
+
+def photo_from_file(path: str | Path) -> Photo:
+    """The image of a file, shrunk if it is large. UsageError as of `open_image`."""
+    return photo_of(open_image(path), Path(path).name)
+
+
+def photo_of(image: Image.Image, name: str) -> Photo:
+    """An RGB image as a photo."""
+    image = image.copy()
+    image.thumbnail((PHOTO_SIDE, PHOTO_SIDE))
+    return Photo(hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest(), name, image)
+
+
+@lru_cache(maxsize=1)
+def samples() -> dict[str, Photo]:
+    """Two photographs that come with scikit-learn, by name."""
+    from sklearn.datasets import load_sample_images
+
+    found = load_sample_images()
+    names = [Path(name).stem for name in found.filenames]
+    return {name: photo_of(Image.fromarray(pixels), name) for name, pixels in zip(names, found.images, strict=True)}
+
+
+def subject_of(choice: Choice) -> Subject:
+    """The model of a choice, from the cache if it was used lately and its checkpoint is still the same file."""
+    path = Path(choice.checkpoint)
+    changed = path.stat().st_mtime_ns if choice.checkpoint and path.is_file() else 0
+    return _subject(choice.model, choice.checkpoint, changed)
+
+
+@lru_cache(maxsize=MODELS_KEPT)
+def _subject(model: str, checkpoint: str, changed: int) -> Subject:
+    return load_subject(model, checkpoint or None)
+
+
+@lru_cache(maxsize=CAPTURES_KEPT)
+def _capture(subject: Subject, photo: Photo) -> tuple[Image.Image, Capture]:
+    view = subject.view(photo.image)
+    return view, subject.capture(view, SECONDS)
+
+
+def answer(photo: Photo, choice: Choice) -> Answer:
+    """Everything about one point of a photo. UsageError for choices that do not exist, and for what takes too long."""
+    subject = subject_of(choice)
+    view, capture = _capture(subject, photo)
+    picture = np.asarray(view)
+    height, width = capture.size
+    x, y = (int(part * side // 1) for part, side in zip(choice.point, (width, height), strict=True))
+    query = panels.Query(x, y, choice.stage, choice.block, choice.head)
+    shown = panels.panels_of(capture, picture, query)
+    return Answer(
+        subject,
+        figures.render(panels.picture_panel(picture, query).draw, capture.size),
+        [drawn(panel, capture.size) for panel in shown],
+        maps.predictions(capture, subject.classes),
+        query,
+        capture.size,
+        blocks=capture.depths[choice.stage],
+        heads=min(layer.num_heads for layer in capture.block(choice.stage, choice.block)),
+    )
+
+
+def evidence_of(photo: Photo, choice: Choice) -> list[Picture]:
+    """Pictures of what speaks for the most probable class. UsageError without the libraries it takes."""
+    subject = subject_of(choice)
+    view, capture = _capture(subject, photo)
+    shown = evidence.evidence_panels(subject, view, int(capture.logits.argmax()), EVIDENCE_SECONDS)
+    return [drawn(panel, capture.size) for panel in shown]
+
+
+def drawn(panel: panels.Panel, size: tuple[int, int]) -> Picture:
+    """A panel as a PNG."""
+    return Picture(panel.title, panel.caption, figures.png_bytes(figures.render(panel.draw, size)))
+
+
+def report_of(photo: Photo, found: Answer, evident: list[Picture]) -> str:
+    """The answer as a self-contained HTML file."""
+    query = found.query
+    picture = Picture("The picture", f"What the model sees; the query is at {query}.", figures.png_bytes(found.picture))
+    sections = [Section(query.words, [picture, *found.panels])]
+    if evident:
+        sections.append(Section("Class evidence", evident))
+    subject = found.subject
+    title = f"{photo.name} through {subject.name}"
+    return report_html(title, subject.facts, found.predictions, sections, subject.trained)
+
+
+def point_from_text(text: str, size: tuple[int, int]) -> tuple[float, float]:
+    """'X,Y' in pixels of a picture (height, width) as fractions. UsageError if it is no point of the picture."""
+    try:
+        x, y = (int(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"expected a point X,Y in whole pixels, not {text!r}") from None
+    maps.check_inside(size, x, y)
+    return (x + 0.5) / size[1], (y + 0.5) / size[0]

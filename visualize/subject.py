@@ -1,0 +1,132 @@
+"""The model that is looked at: built, its weights loaded, with what it takes to show it images and name its classes."""
+
+import argparse
+import math
+import re
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from PIL import Image
+from timm.data import ImageNetInfo
+from torch import Tensor, nn
+
+import models
+from checkpoint import load_checkpoint, load_weights, weights_of
+from datasets import eval_crop
+from errors import UsageError, did_you_mean
+
+from .capture import Capture, capture, check_readable, time_limit
+from .images import to_tensor, view_of
+
+DEFAULT_MODEL = "debiformer_tiny"
+MAX_INPUT_SIZE = 512
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """model: in evaluation mode on the CPU. classes: names, one per logit. origin: where the weights come from.
+
+    input_size: side of the square picture in pixels; crop_pct: the part of the image that evaluation crops.
+    """
+
+    name: str
+    model: nn.Module
+    classes: list[str]
+    origin: str
+    trained: bool
+    input_size: int
+    crop_pct: float
+    lock: Any = field(default_factory=threading.Lock, repr=False)
+
+    @property
+    def facts(self) -> str:
+        """One line: the model, its weights, the picture's size, how many classes."""
+        side = self.input_size
+        return f"{self.name}, {self.origin}, {side} x {side} pixels, {len(self.classes)} classes"
+
+    def view(self, image: Image.Image) -> Image.Image:
+        """The picture that the model sees of an RGB image."""
+        return view_of(image, self.input_size, self.crop_pct)
+
+    def capture(self, view: Image.Image, seconds: float = math.inf) -> Capture:
+        """One forward pass over a view, watched. Several threads may call it; they take turns.
+
+        UsageError if the pass takes longer than `seconds`.
+        """
+        with self.lock, time_limit(self.model, seconds):
+            return capture(self.model, to_tensor(view))
+
+
+def load_subject(name: str | None = None, checkpoint: str | Path | None = None, load_release: bool = False) -> Subject:
+    """Build a model and load a checkpoint into it, as it was trained: input size, classes and arguments are its own.
+
+    name: None takes the checkpoint's, or else debiformer_tiny. Without weights they are random, the same each time.
+    UsageError for an unknown model, one without attention to show, or a checkpoint that does not fit.
+    """
+    if load_release:
+        raise UsageError("no released weights are configured yet; pass a checkpoint: --checkpoint FILE")
+    content = load_checkpoint(checkpoint) if checkpoint else {}
+    args = _plain(content.get("args"))
+    trained_as = args.get("model")
+    name = name or trained_as or DEFAULT_MODEL
+    if trained_as and trained_as != name:
+        raise UsageError(f"{checkpoint} is of {trained_as}, not of {name}; choose that model or another checkpoint")
+    if not timm.is_model(name):
+        remedy = did_you_mean(name, models.MODEL_NAMES, f"try {DEFAULT_MODEL}")
+        raise UsageError(f"unknown --model {name!r}; {remedy}")
+    if name not in models.MODEL_NAMES and not timm.models.is_model_in_modules(name, ("debiformer", "biformer")):
+        raise UsageError(
+            f"{name} has no routing or deformable attention to show; known: {', '.join(models.MODEL_NAMES)}"
+        )
+
+    weights: dict[str, Tensor] = weights_of(content, checkpoint) if checkpoint else {}
+    cfg = timm.get_pretrained_cfg(name)
+    input_size = int(args.get("input_size") or cfg.input_size[-1])
+    if not 1 <= input_size <= MAX_INPUT_SIZE:
+        raise UsageError(f"{checkpoint} is for images of {input_size} pixels; at most {MAX_INPUT_SIZE} are shown")
+    num_classes = len(weights["head.weight"]) if "head.weight" in weights else cfg.num_classes
+    model = _build(name, num_classes, input_size, _plain(args.get("model_kwargs")))
+    check_readable(model, name)
+    if checkpoint:
+        load_weights(model, weights, checkpoint)
+    return Subject(
+        name,
+        model.eval(),
+        class_names(content.get("classes"), num_classes),
+        origin=str(checkpoint) if checkpoint else "untrained weights",
+        trained=bool(checkpoint),
+        input_size=input_size,
+        crop_pct=eval_crop(args.get("data_set", ""), input_size, args.get("crop_pct")) if args else cfg.crop_pct,
+    )
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    if isinstance(value, argparse.Namespace):
+        return vars(value)
+    return value if isinstance(value, dict) else {}
+
+
+def _build(name: str, num_classes: int, input_size: int, model_kwargs: dict[str, Any]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            return timm.create_model(name, num_classes=num_classes, img_size=input_size, **model_kwargs)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"--model {name}: {error}") from error
+
+
+def class_names(names: Any, count: int) -> list[str]:
+    """`count` names: the checkpoint's own, ImageNet's in words, or else numbers."""
+    if not isinstance(names, list | tuple) or len(names) != count:
+        if count != 1000:
+            return [f"class {number}" for number in range(count)]
+        info = ImageNetInfo()
+        return [info.index_to_description(number) for number in range(count)]
+    if all(re.fullmatch(r"n\d{8}", str(name)) for name in names):
+        info = ImageNetInfo("imagenet22k")
+        return [info.label_name_to_description(name) for name in names]
+    return [str(name) for name in names]
