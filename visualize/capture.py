@@ -22,9 +22,11 @@ from errors import UsageError
 from models.attention import BiLevelRoutingAttention, FullAttention
 from models.backbone import STRIDES
 from models.deformable_attention import DeformableAgentAttention
+from models.stl import PooledRoutingAttention
 
 WATCHED = {
     BiLevelRoutingAttention: ("qkv", "router"),
+    PooledRoutingAttention: ("qkv_linear", "router"),
     FullAttention: ("qkv",),
     DeformableAgentAttention: ("qkv_conv", "conv_offset_q", "proj_q", "proj_k", "router"),
 }
@@ -202,6 +204,15 @@ def _layer(name: str, module: nn.Module, record: dict[str, Any]) -> Layer:
         return RoutedLayer(**common, q=_kept(q), k=_kept(k), n_win=1, idx=idx, scale=scale)
 
     router = module.router
+    if isinstance(module, PooledRoutingAttention):
+        (window_h, rows), (window_w, columns) = (ops.split_side(side, router.n_win) for side in (height, width))
+        if rows != columns:
+            raise UsageError(f"{rows}x{columns} windows cannot be shown for this model; use a square image")
+        padded = ops.pad_to_multiple(record["qkv_linear"], (window_h, window_w))
+        q, k, _ = padded.chunk(3, dim=-1)
+        idx = _kept(record["router"][1])
+        return RoutedLayer(**common, q=_kept(q), k=_kept(k), n_win=rows, idx=idx, scale=module.scale)
+
     common |= {"n_win": router.n_win, "idx": _kept(record["router"][1]), "scale": router.scale}
     if isinstance(module, BiLevelRoutingAttention):
         q, k, _ = record["qkv"]
