@@ -252,7 +252,7 @@ def _timm_source(options: Options, train: bool) -> Dataset:
 
 
 def train_transform(options: Options) -> transforms.Compose:
-    """Random crop, flip, RandAugment, normalisation and random erasing: PIL image -> (3, S, S) float32."""
+    """Random crop, flip and RandAugment: PIL image -> (3, S, S) uint8. The device does the rest, see engine.py."""
     transform = create_transform(
         input_size=options.input_size,
         is_training=True,
@@ -261,9 +261,7 @@ def train_transform(options: Options) -> transforms.Compose:
         color_jitter=options.color_jitter,
         auto_augment=None if options.aa in (None, "", "none", "null") else options.aa,
         interpolation=options.train_interpolation,
-        re_prob=options.reprob,
-        re_mode=options.remode,
-        re_count=options.recount,
+        normalize=False,
     )
     if _at_cifar_size(options.data_set, options.input_size):  # as published: shifted, not rescaled
         transform.transforms[0] = transforms.RandomCrop(options.input_size, padding=4)
@@ -271,11 +269,12 @@ def train_transform(options: Options) -> transforms.Compose:
 
 
 def eval_transform(options: Options) -> transforms.Compose:
-    """Bicubic resize so that the centre crop is `crop_pct` of the side: PIL image -> (3, S, S) float32."""
+    """Bicubic resize so that the centre crop is `crop_pct` of the side: PIL image -> (3, S, S) uint8."""
     return create_transform(
         input_size=options.input_size,
         is_training=False,
         interpolation="bicubic",
+        normalize=False,
         crop_pct=eval_crop(options.data_set, options.input_size, options.crop_pct),
     )
 
@@ -315,7 +314,7 @@ class Transformed(Dataset):
 
 @dataclass
 class Data:
-    """What a run needs to know of its data. train: None when only evaluating; images are (B, 3, S, S) float32.
+    """What a run needs to know of its data. train: None when only evaluating; images are (B, 3, S, S) uint8.
 
     updates: optimizer updates per epoch; total_batch: images per update over all processes.
     dist_eval: each process evaluates its own share; val_batches: batches that every process has at least.
@@ -336,7 +335,7 @@ class Data:
         return self.updates * self.total_batch
 
     def watched(self, count: int) -> Tensor:
-        """Up to `count` evaluation images, spread over the data, the same each time: (count, 3, S, S)."""
+        """Up to `count` evaluation images, spread over the data, the same each time: (count, 3, S, S) uint8."""
         dataset = self.val.dataset
         if isinstance(dataset, IterableDataset):  # a stream's first ones
             return next(iter(self.val))[0][:count]

@@ -1,5 +1,9 @@
-"""One epoch of training, and evaluation. Nothing here writes files or knows of options."""
+"""One epoch of training, and evaluation. Nothing here writes files or knows of options.
 
+Images come as uint8; normalisation, random erasing and mixing happen on the device.
+"""
+
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -7,7 +11,8 @@ from itertools import islice
 
 import torch
 import torch.nn.functional as F
-from timm.data import Mixup
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
+from timm.data.random_erasing import RandomErasing
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -89,7 +94,8 @@ class Stepper:
     """One optimizer update at a time. Every random number is a function of (seed, epoch, update, process).
 
     model: on its device, wrapped for distributed training if it is distributed; loss_fn(images, logits, targets).
-    ema: an average of `model`'s weights to keep up. mixup: mixes a batch and its classes.
+    ema: an average of `model`'s weights to keep up. erase: random erasing of a normalised batch. mixup: mixes a batch
+    and its classes.
     clip_grad: bound of the gradient's norm.
     """
 
@@ -99,6 +105,7 @@ class Stepper:
     precision: Precision
     processes: Processes
     ema: ModelEmaV3 | None = None
+    erase: RandomErasing | None = None
     mixup: Mixup | None = None
     clip_grad: float | None = None
     accum_steps: int = 1
@@ -110,6 +117,8 @@ class Stepper:
         for number, (images, targets) in enumerate(batches):
             images, targets = to_device(images, targets, self.precision.device)
             seed_everything(self.seed, epoch, update, number, self.processes.rank)
+            if self.erase is not None:
+                images = self.erase(images)
             if self.mixup is not None:
                 images, targets = self.mixup(images, targets)
             with self._gradients_stay_local(number < len(batches) - 1):
@@ -138,9 +147,23 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def to_device(images: Tensor, targets: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """A batch (B, 3, S, S), (B,) on the device, the images in channels-last memory."""
+    """A batch (B, 3, S, S) uint8, (B,) on the device, the images normalised, in channels-last memory."""
     images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-    return images, targets.to(device, non_blocking=True)
+    return normalized(images), targets.to(device, non_blocking=True)
+
+
+def normalized(images: Tensor) -> Tensor:
+    """Images (B, 3, S, S) with ImageNet's mean 0 and deviation 1, from uint8; floats are taken for normalised."""
+    if images.dtype != torch.uint8:
+        return images
+    mean, deviation = _pixel_statistics(images.device)
+    return images.float().div_(255).sub_(mean).div_(deviation)
+
+
+@functools.cache
+def _pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
+    values = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD], device=device)[..., None, None]
+    return values[0], values[1]
 
 
 def train_one_epoch(
@@ -155,7 +178,7 @@ def train_one_epoch(
 ) -> bool:
     """Train updates `start` to `updates` - 1 of an epoch. Returns whether it got to the end.
 
-    batches: (images (B, 3, S, S), classes (B,)), starting with those of update `start`.
+    batches: (images (B, 3, S, S) uint8, classes (B,)), starting with those of update `start`.
     after_update(update, loss): called after each update; training stops there if it returns true.
     """
     stepper.model.train()
@@ -181,7 +204,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy in percent, mean cross-entropy, and the number of images.
 
-    batches: (images (B, 3, S, S), classes (B,)). split: each process has its own share of the images, and the
+    batches: (images (B, 3, S, S) uint8, classes (B,)). split: each process has its own share of the images, and the
     sums over all of them count. Losses are summed in float64, so the split does not show.
     after_batch(number): called after each batch, from 0; may raise to end the evaluation.
     """

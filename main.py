@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import timm
 import torch
 from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -30,7 +31,7 @@ from checkpoint import (
     weights_of,
 )
 from datasets import Data, build_data
-from engine import LossMeter, Precision, Stepper, evaluate, train_one_epoch
+from engine import LossMeter, Precision, Stepper, evaluate, normalized, train_one_epoch
 from errors import Stopped, UsageError, did_you_mean, exit_on_error
 from optim_factory import build_loss, build_optimizer, build_scheduler
 from options import Options, mixing, parse_args, to_plain
@@ -102,6 +103,7 @@ def train(options: Options, processes: Processes, device: torch.device) -> dict[
         precision,
         processes,
         ema=ema,
+        erase=build_erasing(options, device),
         mixup=build_mixup(options, data.num_classes),
         clip_grad=options.clip_grad,
         accum_steps=options.accum_steps,
@@ -321,6 +323,13 @@ def build_teacher(options: Options, num_classes: int, device: torch.device) -> n
     return teacher.to(device, memory_format=torch.channels_last)
 
 
+def build_erasing(options: Options, device: torch.device) -> RandomErasing | None:
+    """What erases a part of some images (arXiv 1708.04896); None if it is off."""
+    if options.reprob == 0:
+        return None
+    return RandomErasing(options.reprob, mode=options.remode, max_count=options.recount, device=device)
+
+
 def build_mixup(options: Options, num_classes: int) -> Mixup | None:
     """What mixes batches and smooths their labels; None if mixing is off."""
     if not mixing(options):
@@ -344,7 +353,7 @@ def build_watcher(options: Options, data: Data, model: nn.Module, processes: Pro
     from visualize.insight import IMAGES, Watcher, check_readable
 
     check_readable(model, f"--log_attention: {options.model}")
-    return Watcher(model, options.model, data.watched(IMAGES)) if processes.is_main else None
+    return Watcher(model, options.model, normalized(data.watched(IMAGES))) if processes.is_main else None
 
 
 def precision_of(options: Options, device: torch.device) -> Precision:

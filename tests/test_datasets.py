@@ -183,7 +183,7 @@ def test_hugging_face_datasets(image_folder, tmp_path, workers):
     pytest.importorskip("pyarrow")
     (image_folder / "val").rename(image_folder / "validation")
     run = ["main.py", *SMALL_RUN, "--epochs", 1, "--data_set", f"hfds/{image_folder}", "--num_workers", workers]
-    done = command(*run, "--output_dir", tmp_path / "run", HF_HOME=str(tmp_path / "cache"), timeout=100)
+    done = command(*run, "--output_dir", tmp_path / "run", HF_HOME=str(tmp_path / "cache"), HF_HUB_OFFLINE="1")
     assert done.returncode == 0, done.stderr
     assert "48 images per epoch" in done.stdout
     assert "on the 20 test images" in done.stdout

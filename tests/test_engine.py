@@ -2,13 +2,19 @@
 
 import copy
 
+import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from timm.data import create_transform
+from timm.data.random_erasing import RandomErasing
 from timm.utils import ModelEmaV3
 from torch import nn
 
+import engine
+import main
 import models  # noqa: F401
 from engine import LossMeter, Precision, Stepper, evaluate, train_one_epoch
 from errors import NonFiniteLoss
@@ -197,3 +203,32 @@ def test_smoothing_is_left_to_mixing():
     assert "Soft" in type(build_loss(Options()).base).__name__
     assert "Smoothing" in type(build_loss(Options(mixup=0, cutmix=0)).base).__name__
     assert type(build_loss(Options(mixup=0, cutmix=0, smoothing=0)).base) is nn.CrossEntropyLoss
+
+
+# -- pixels
+
+
+def test_pixels_are_normalised_on_the_device_as_timm_does_on_the_host():
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 44, 3)).astype(np.uint8)
+    plain, expected = (
+        create_transform(32, normalize=normalize)(Image.fromarray(pixels)) for normalize in (False, True)
+    )
+    assert plain.dtype == torch.uint8
+    assert torch.equal(engine.normalized(plain[None])[0], expected)
+    assert torch.equal(engine.normalized(expected), expected)
+
+
+def test_a_training_run_erases_parts_of_its_images(small_options, monkeypatch):
+    seen = []
+
+    class Watching(RandomErasing):
+        def __call__(self, images):
+            before = images.clone()
+            seen.append((super().__call__(images) != before).flatten(1).any(1))
+            return images
+
+    monkeypatch.setattr(main, "RandomErasing", Watching)
+    main.run(small_options("--epochs", "1", "--reprob", "0.5"))
+    erased = torch.cat(seen)
+    assert len(erased) == 48
+    assert 10 < erased.sum() < 38
