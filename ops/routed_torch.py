@@ -94,30 +94,62 @@ def backward(
     scale: float,
     workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; half precision is computed and summed in float32."""
+    """Gradients of q, k and v; those of the keys and values of half precision are summed in float32."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     chunks = _Chunks(q, k, v, idx, key_mask, num_heads)
     grad_rows = grad.reshape(chunks.q.shape)
     dq = torch.empty_like(chunks.q, memory_format=torch.contiguous_format)
     dk, dv = torch.zeros_like(chunks.k, dtype=dtype), torch.zeros_like(chunks.v, dtype=dtype)
 
-    numbers = 4 * chunks.keys * (q.shape[-1] + num_heads * q.shape[2])
-    for chunk in chunks.slices(numbers, dtype.itemsize, workspace):
-        queries, dout = chunks.heads(chunks.q[chunk]).to(dtype), chunks.heads(grad_rows[chunk]).to(dtype)
-        keys, values = chunks.gather(chunks.k, chunk).to(dtype), chunks.gather(chunks.v, chunk).to(dtype)
-        logits = (queries * scale) @ keys.mT
+    def rows(x: Tensor) -> Tensor:  # (R, m, k*w, C/m) -> (R*k, w*C)
+        return x.transpose(1, 2).reshape(-1, chunks.k.shape[1]).to(dtype)
+
+    for chunk in chunks.slices(4 * chunks.keys * q.shape[-1], dtype.itemsize, workspace):
+        queries, dout = chunks.heads(chunks.q[chunk]), chunks.heads(grad_rows[chunk])
+        keys, values = chunks.gather(chunks.k, chunk), chunks.gather(chunks.v, chunk)
+        mask = None
         if key_mask is not None:
             masked, nothing = chunks.unreadable(chunk)
-            logits.masked_fill_(masked, -torch.inf)
+            mask = torch.zeros_like(masked, dtype=q.dtype).masked_fill(masked, -torch.inf)
             dout = dout.masked_fill(nothing, 0)
-        weights = logits.softmax(-1)
-        dlogits = torch._softmax_backward_data(dout @ values.mT, weights, -1, dtype)
-
-        def rows(x: Tensor) -> Tensor:  # (R, m, k*w, C/m) -> (R*k, w*C)
-            return x.transpose(1, 2).reshape(-1, chunks.k.shape[1])
-
-        dq[chunk] = (dlogits @ keys).mul_(scale).transpose(1, 2).flatten(2).to(q.dtype)
+        if q.device.type == "cpu":
+            dqueries, dkeys, dvalues = _flash_gradients(dout, queries, keys, values, mask, scale)
+        else:
+            dqueries, dkeys, dvalues = _gradients(dout, queries, keys, values, mask, scale, workspace)
+        dq[chunk] = dqueries.transpose(1, 2).flatten(2)
         into = chunks.rows[chunk].flatten()
-        add_rows_(dk, into, rows((dlogits.mT @ queries).mul_(scale)))
-        add_rows_(dv, into, rows(weights.mT @ dout))
+        add_rows_(dk, into, rows(dkeys))
+        add_rows_(dv, into, rows(dvalues))
     return dq.view(q.shape), dk.to(k.dtype).view(k.shape), dv.to(v.dtype).view(v.shape)
+
+
+def _flash_gradients(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By the kernels behind PyTorch's attention on the CPU, which hold no logits. All (R, m, n, D)."""
+    if mask is not None:
+        mask = mask.expand(-1, -1, q.shape[2], -1)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        dout, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale
+    )
+
+
+def _gradients(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float, workspace: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By matrix products in float32 at least, of as many queries at a time as the workspace takes logits of."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    dq, k, v = torch.empty_like(q), k.to(dtype), v.to(dtype)
+    dk, dv = torch.zeros_like(k), torch.zeros_like(v)
+    at_once = max(1, workspace // (4 * dtype.itemsize * len(q) * q.shape[1] * k.shape[2]))
+    for start in range(0, q.shape[2], at_once):
+        part = slice(start, start + at_once)
+        queries, grad = q[:, :, part].to(dtype), dout[:, :, part].to(dtype)
+        logits = (queries * scale) @ k.mT
+        weights = (logits if mask is None else logits + mask).softmax(-1)
+        dlogits = torch._softmax_backward_data(grad @ v.mT, weights, -1, dtype)
+        dq[:, :, part] = (dlogits @ k).mul_(scale)
+        dk += (dlogits.mT @ queries).mul_(scale)
+        dv += weights.mT @ grad
+    return dq, dk, dv
