@@ -50,7 +50,7 @@ def routed_attention(
         return routed_attention_reference(q, k, v, idx, key_mask, num_heads, scale)
     if name == "triton":
         return _triton(q, k, v, idx, key_mask, num_heads, scale)[0]
-    return _torch(q, k, v, idx, key_mask, num_heads, scale, workspace)
+    return _torch(q, k, v, idx, key_mask, num_heads, scale, workspace)[0]
 
 
 def routed_attention_reference(
@@ -85,7 +85,7 @@ def routed_attention_reference(
 @torch.library.custom_op("debiformer::routed_attention_torch", mutates_args=())
 def _torch(
     q: Tensor, k: Tensor, v: Tensor, idx: Tensor, key_mask: Tensor | None, num_heads: int, scale: float, workspace: int
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     return routed_torch.forward(q, k, v, idx, key_mask, num_heads, scale, workspace)
 
 
@@ -97,11 +97,13 @@ def _torch_backward(
     v: Tensor,
     idx: Tensor,
     key_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
     num_heads: int,
     scale: float,
     workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return routed_torch.backward(grad, q, k, v, idx, key_mask, num_heads, scale, workspace)
+    return routed_torch.backward(grad, q, k, v, idx, key_mask, out, lse, num_heads, scale, workspace)
 
 
 @torch.library.custom_op("debiformer::routed_attention_triton", mutates_args=())
@@ -133,7 +135,8 @@ def _triton_backward(
 
 @_torch.register_fake
 def _(q, k, v, idx, key_mask, num_heads, scale, workspace):  # noqa: ANN001, ANN202
-    return q.new_empty(q.shape)
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    return q.new_empty(q.shape), q.new_empty(routed_torch.lse_shape(q, num_heads), dtype=lse_dtype)
 
 
 @_triton.register_fake
@@ -150,10 +153,10 @@ def _(grad, q, k, v, *_):  # noqa: ANN001, ANN002, ANN202
 
 def _save_torch(ctx, inputs, output) -> None:  # noqa: ANN001
     *tensors, ctx.num_heads, ctx.scale, ctx.workspace = inputs
-    ctx.save_for_backward(*tensors)
+    ctx.save_for_backward(*tensors, *output)
 
 
-def _grads_torch(ctx, grad):  # noqa: ANN001, ANN202
+def _grads_torch(ctx, grad, _):  # noqa: ANN001, ANN202
     grads = _torch_backward(grad, *ctx.saved_tensors, ctx.num_heads, ctx.scale, ctx.workspace)
     return *grads, None, None, None, None, None
 

@@ -52,11 +52,22 @@ class _Chunks:
         """Routed windows of the chunk's query windows: (R, m, k*w, C/m), a copy."""
         return self.heads(x.index_select(0, self.rows[chunk].flatten()))
 
-    def unreadable(self, chunk: slice) -> tuple[Tensor, Tensor]:
-        """Which keys are masked, (R, 1, 1, k*w), and which query windows have no other, (R, 1, 1, 1)."""
+    def mask(self, chunk: slice) -> tuple[Tensor | None, Tensor | None]:
+        """To be added to logits, (R, 1, w_q, k*w), and which query windows have no keys, (R, 1, 1, 1); None: no mask.
+
+        Where all keys are masked none is, so that weights are numbers.
+        """
+        if self.key_mask is None:
+            return None, None
         masked = ~self.key_mask[self.rows[chunk]].flatten(1)[:, None, None]
         nothing = masked.all(-1, keepdim=True)
-        return masked & ~nothing, nothing
+        added = torch.zeros_like(masked, dtype=self.q.dtype).masked_fill(masked & ~nothing, -torch.inf)
+        return added.expand(-1, -1, self.q.shape[1], -1), nothing
+
+
+def lse_shape(q: Tensor, num_heads: int) -> tuple[int, ...]:
+    """Of what `forward` keeps for `backward` beside its output, by device: (B*P, m, w_q) on the CPU, else nothing."""
+    return (q.shape[0] * q.shape[1], num_heads, q.shape[2]) if q.device.type == "cpu" else (0,)
 
 
 def forward(
@@ -68,19 +79,24 @@ def forward(
     num_heads: int,
     scale: float,
     workspace: int,
-) -> Tensor:
-    """See `ops.routed_attention`."""
+) -> tuple[Tensor, Tensor]:
+    """See `ops.routed_attention`. Returns out and, on the CPU, the logarithms of the sums of weights."""
     chunks = _Chunks(q, k, v, idx, key_mask, num_heads)
     out = torch.empty_like(chunks.q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(lse_shape(q, num_heads), dtype=torch.promote_types(q.dtype, torch.float32))
     for chunk in chunks.slices(2 * chunks.keys * q.shape[-1], q.element_size(), workspace):
         inputs = chunks.heads(chunks.q[chunk]), chunks.gather(chunks.k, chunk), chunks.gather(chunks.v, chunk)
-        if key_mask is None:
-            read = F.scaled_dot_product_attention(*inputs, scale=scale)
+        mask, nothing = chunks.mask(chunk)
+        if q.device.type == "cpu":  # the kernel behind PyTorch's attention there; this way it also returns lse
+            read, lse[chunk] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                *inputs, attn_mask=mask, scale=scale
+            )
         else:
-            masked, nothing = chunks.unreadable(chunk)
-            read = F.scaled_dot_product_attention(*inputs, attn_mask=~masked, scale=scale).masked_fill(nothing, 0)
+            read = F.scaled_dot_product_attention(*inputs, attn_mask=mask, scale=scale)
+        if nothing is not None:
+            read = read.masked_fill(nothing, 0)
         out[chunk] = read.transpose(1, 2).flatten(2)
-    return out.view(q.shape)
+    return out.view(q.shape), lse
 
 
 def backward(
@@ -90,6 +106,8 @@ def backward(
     v: Tensor,
     idx: Tensor,
     key_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
     num_heads: int,
     scale: float,
     workspace: int,
@@ -97,7 +115,7 @@ def backward(
     """Gradients of q, k and v; those of the keys and values of half precision are summed in float32."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     chunks = _Chunks(q, k, v, idx, key_mask, num_heads)
-    grad_rows = grad.reshape(chunks.q.shape)
+    grad_rows, out_rows = grad.reshape(chunks.q.shape), out.view(chunks.q.shape)
     dq = torch.empty_like(chunks.q, memory_format=torch.contiguous_format)
     dk, dv = torch.zeros_like(chunks.k, dtype=dtype), torch.zeros_like(chunks.v, dtype=dtype)
 
@@ -107,13 +125,14 @@ def backward(
     for chunk in chunks.slices(4 * chunks.keys * q.shape[-1], dtype.itemsize, workspace):
         queries, dout = chunks.heads(chunks.q[chunk]), chunks.heads(grad_rows[chunk])
         keys, values = chunks.gather(chunks.k, chunk), chunks.gather(chunks.v, chunk)
-        mask = None
-        if key_mask is not None:
-            masked, nothing = chunks.unreadable(chunk)
-            mask = torch.zeros_like(masked, dtype=q.dtype).masked_fill(masked, -torch.inf)
+        mask, nothing = chunks.mask(chunk)
+        if nothing is not None:
             dout = dout.masked_fill(nothing, 0)
         if q.device.type == "cpu":
-            dqueries, dkeys, dvalues = _flash_gradients(dout, queries, keys, values, mask, scale)
+            dqueries, dkeys, dvalues = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+                dout, queries, keys, values, chunks.heads(out_rows[chunk]), lse[chunk], 0.0, False,
+                attn_mask=mask, scale=scale,
+            )  # fmt: skip
         else:
             dqueries, dkeys, dvalues = _gradients(dout, queries, keys, values, mask, scale, workspace)
         dq[chunk] = dqueries.transpose(1, 2).flatten(2)
@@ -121,18 +140,6 @@ def backward(
         add_rows_(dk, into, rows(dkeys))
         add_rows_(dv, into, rows(dvalues))
     return dq.view(q.shape), dk.to(k.dtype).view(k.shape), dv.to(v.dtype).view(v.shape)
-
-
-def _flash_gradients(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """By the kernels behind PyTorch's attention on the CPU, which hold no logits. All (R, m, n, D)."""
-    if mask is not None:
-        mask = mask.expand(-1, -1, q.shape[2], -1)
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask, scale=scale)
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        dout, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=scale
-    )
 
 
 def _gradients(
@@ -147,7 +154,7 @@ def _gradients(
         part = slice(start, start + at_once)
         queries, grad = q[:, :, part].to(dtype), dout[:, :, part].to(dtype)
         logits = (queries * scale) @ k.mT
-        weights = (logits if mask is None else logits + mask).softmax(-1)
+        weights = (logits if mask is None else logits + mask[:, :, part]).softmax(-1)
         dlogits = torch._softmax_backward_data(grad @ v.mT, weights, -1, dtype)
         dq[:, :, part] = (dlogits @ k).mul_(scale)
         dk += (dlogits.mT @ queries).mul_(scale)
