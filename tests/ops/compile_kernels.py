@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel for compute capability 9.0, which needs no GPU; prints bytes of shared memory and of spilled registers.
+"""Compiles every Triton kernel for compute capability 9.0, without a GPU; prints bytes of shared memory and spilled.
 
 A program of its own: in the tests' process Triton interprets.
 """

@@ -117,7 +117,6 @@ def test_models_give_the_same_outputs_and_gradients_with_every_backend(name, dev
         assert (grads[key].double() - grad).norm() < 1e-4 * grad.norm() + 1e-6 * largest, key
 
 
-@pytest.mark.slow
 def test_kernels_compile_for_a_gpu_and_keep_their_numbers_in_registers():
     """Compiling needs no GPU. Each line: kernel, type, bytes of shared memory, bytes spilled from registers."""
     done = command("tests/ops/compile_kernels.py", TRITON_INTERPRET="0", PYTHONPATH=".")
