@@ -7,6 +7,7 @@ import timm
 import torch
 from golden.compare import relative_error
 from golden.fill import fill, images
+from support import command
 
 import models  # noqa: F401
 import ops
@@ -114,3 +115,14 @@ def test_models_give_the_same_outputs_and_gradients_with_every_backend(name, dev
     largest = max(grad.norm() for grad in expected_grads.values())
     for key, grad in expected_grads.items():
         assert (grads[key].double() - grad).norm() < 1e-4 * grad.norm() + 1e-6 * largest, key
+
+
+def test_kernels_compile_for_a_gpu_and_keep_their_numbers_in_registers():
+    """Compiling needs no GPU. Each line: kernel, type, bytes of shared memory, bytes spilled from registers."""
+    done = command("tests/ops/compile_kernels.py", TRITON_INTERPRET="0", PYTHONPATH=".")
+    assert done.returncode == 0, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()]
+    assert len(lines) == 14
+    for _, _, shared, spilled in lines:
+        assert int(shared) <= 99 * 1024  # what a program may use on every GPU since compute capability 8.0
+        assert int(spilled) <= 256
