@@ -352,9 +352,14 @@ class Data:
         return start // self.total_batch
 
 
-def build_data(options: Options, processes: Processes, device: torch.device) -> Data:
-    """Loaders and class names for a run. UsageError for data that cannot be used."""
-    train_source, val_source = open_sources(options)
+def build_data(
+    options: Options, processes: Processes, device: torch.device, test_source: Dataset | None = None
+) -> Data:
+    """Loaders and class names for a run. UsageError for data that cannot be used.
+
+    test_source: what to evaluate on (nothing is trained then) instead of what --data_set names.
+    """
+    train_source, val_source = open_sources(options) if test_source is None else (test_source, test_source)
     classes = list(getattr(train_source, "classes", []))
     num_classes = options.num_classes or len(classes)
     if num_classes == 0:

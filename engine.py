@@ -201,23 +201,30 @@ def evaluate(
     processes: Processes = Processes(),  # noqa: B008 (frozen)
     split: bool = False,
     after_batch: Callable[[int], None] = lambda number: None,
+    among: Sequence[int] | None = None,
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy in percent, mean cross-entropy, and the number of images.
 
-    batches: (images (B, 3, S, S) uint8, classes (B,)). split: each process has its own share of the images, and the
-    sums over all of them count. Losses are summed in float64, so the split does not show.
+    batches: (images (B, 3, S, S) uint8, classes (B,)); or, of images with several right classes, their shares (B, C).
+    split: each process has its own share of the images, and the sums over all of them count. Losses are summed in
+    float64, so the split does not show.
     after_batch(number): called after each batch, from 0; may raise to end the evaluation.
+    among: the class numbers among which the answer is sought; None: all.
     """
     model.eval()
     device = precision.device
     sums = torch.zeros(4, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
+    chosen = None if among is None else torch.tensor(among, device=device)
     for number, (images, targets) in enumerate(batches):
         images, targets = to_device(images, targets, device)
         with precision.autocast():
             logits = model(images)
         logits = logits.float()
+        if chosen is not None:
+            logits = torch.full_like(logits, -torch.inf).index_copy(1, chosen, logits[:, chosen])
         losses = F.cross_entropy(logits, targets, reduction="none").to(sums.dtype)
-        ranked = logits.topk(min(5, logits.shape[1])).indices == targets[:, None]
+        top = logits.topk(min(5, logits.shape[1])).indices
+        ranked = top == targets[:, None] if targets.ndim == 1 else targets.gather(1, top) > 0
         sums += torch.stack([ranked[:, 0].sum(), ranked.any(1).sum(), losses.sum(), losses.new_tensor(len(targets))])
         after_batch(number)
     if split:

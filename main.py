@@ -33,6 +33,8 @@ from checkpoint import (
 from datasets import Data, build_data
 from engine import LossMeter, Precision, Stepper, evaluate, normalized, train_one_epoch
 from errors import Stopped, UsageError, did_you_mean, exit_on_error
+from eval_sets import TITLES, open_eval_set
+from models.backbone import checkpoint_filter_fn
 from optim_factory import build_loss, build_optimizer, build_scheduler
 from options import Options, mixing, parse_args, to_plain
 from run_log import Progress, RunLog, describe, report, summarise, write_options
@@ -59,18 +61,20 @@ def run(options: Options) -> dict[str, Any]:
 
 def evaluate_only(options: Options, processes: Processes, device: torch.device) -> dict[str, Any]:
     """Accuracy of a checkpoint, or of an untrained model."""
-    data = build_data(options, processes, device)
+    other = None if options.eval_set == "val" else open_eval_set(options)
+    data = build_data(options, processes, device, other)
     model = build_model(options, data.num_classes)
     if options.resume:
         weights = weights_of(load_checkpoint(options.resume), options.resume, options.use_ema)
-        load_weights(model, weights, options.resume)
+        load_weights(model, checkpoint_filter_fn(weights, model), options.resume)
     elif processes.is_main:
         print("No --resume given: these are untrained weights")
     if options.fuse:
         model = models.fuse(model.eval())
     model.to(device, memory_format=torch.channels_last)
-    metrics = evaluate(model, data.val, precision_of(options, device), processes, data.dist_eval)
-    report(metrics, processes)
+    precision, among = precision_of(options, device), other and other.among
+    metrics = evaluate(model, data.val, precision, processes, data.dist_eval, among=among)
+    report(metrics, processes, f"{TITLES[options.eval_set]}: " if other else "")
     return metrics
 
 

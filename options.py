@@ -172,6 +172,12 @@ class DataOptions:
         "IMNET (any folder with train/CLASS/ and val/CLASS/), CIFAR (100), INAT, INAT19, DIGITS (1,797 scanned digits, "
         "no download), TAR (train.tar and val.tar), or a timm dataset such as hfds/NAME or wds/NAME",
     )
+    eval_set: str = option(
+        "val",
+        "with --eval: which test set of ImageNet to use; real: the images of val/ with ReaL's labels; for the others "
+        "--data_path is the folder of ImageNet-V2, -A, -R or -Sketch that holds the class folders",
+        choices=("val", "real", "v2", "a", "r", "sketch"),
+    )
     num_classes: int | None = option(None, "classes of the classifier; null: as many as the data has", at_least=1)
     train_split: str = option("train", "training split of a timm dataset")
     val_split: str = option("validation", "evaluation split of a timm dataset")
@@ -293,6 +299,10 @@ def validate(options: Options) -> None:
             raise UsageError(f"--{name} takes two numbers, not {value}")
     if options.fuse and not options.eval:
         raise UsageError("--fuse is for inference, merged weights are not trained: add --eval or leave it out")
+    if options.eval_set != "val" and not (options.eval and options.data_set == "IMNET"):
+        raise UsageError(f"--eval_set {options.eval_set} is for evaluating on ImageNet: --eval, and no --data_set")
+    if options.crop_pct is not None and not 0 < options.crop_pct <= 1:
+        raise UsageError(f"--crop_pct is a fraction above 0 and at most 1, not {options.crop_pct}")
     if mixing(options) and options.batch_size % 2:
         raise UsageError(f"mixup and CutMix pair images: --batch_size must be even, not {options.batch_size}")
 

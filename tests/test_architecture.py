@@ -10,7 +10,7 @@ from support import command
 ROOT = Path(__file__).parent.parent
 NOT_SOURCE = {"data", "outputs", "tests"}
 RUN_MODULES = {"main", "hydra_main"}
-BELOW_MAIN = ("engine", "datasets", "optim_factory", "checkpoint", "run_log", "utils", "options", "errors")
+BELOW_MAIN = ("engine", "datasets", "eval_sets", "optim_factory", "checkpoint", "run_log", "utils", "options", "errors")
 
 
 def source_files() -> list[Path]:

@@ -48,6 +48,38 @@ def train(stepper, batches, updates, **kwargs):
     return train_one_epoch(stepper, batches, LossMeter(CPU, ALONE), epoch=0, updates=updates, **kwargs)
 
 
+class Answers(nn.Module):
+    """Says the same whatever it sees."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = nn.Parameter(torch.tensor(logits))
+
+    def forward(self, x):
+        return self.logits.expand(len(x), -1)
+
+
+def test_the_answer_can_be_sought_among_some_classes():
+    answers, (images, _) = Answers([9.0, 1.0, 3.0, 2.0]), batches_of(1)[0]
+    batches = [(images, torch.tensor([2, 2, 3, 1]))]
+    assert evaluate(answers, batches, Precision(CPU))["acc1"] == 0
+    metrics = evaluate(answers, batches, Precision(CPU), among=[1, 2, 3])
+    assert metrics["acc1"] == 50
+    log_shares = torch.tensor([1.0, 3.0, 2.0]).log_softmax(0)
+    assert metrics["loss"] == pytest.approx(-log_shares[[1, 1, 2, 0]].mean().item())
+
+
+def test_images_may_have_several_right_classes():
+    answers, (images, _) = Answers([float(-i) for i in range(8)]), batches_of(1)[0]
+    shares = torch.zeros(4, 8)
+    shares[0, [0, 7]] = shares[1, [3, 4]] = shares[2, [5, 6]] = 0.5
+    shares[3, 1] = 1
+    metrics = evaluate(answers, [(images, shares)], Precision(CPU))
+    assert (metrics["acc1"], metrics["acc5"], metrics["images"]) == (25, 75, 4)
+    log_shares = -torch.arange(8.0) - (-torch.arange(8.0)).logsumexp(0)
+    assert metrics["loss"] == pytest.approx(-(shares @ log_shares).mean().item())
+
+
 def test_accumulated_batches_equal_one_large_batch():
     batches = batches_of(4)
     large = [(torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]])) for a, b in (batches[:2], batches[2:])]

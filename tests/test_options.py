@@ -92,6 +92,11 @@ def test_every_recipe_loads_and_says_what_it_is(path):
         (["--opt_betas", "fast"], ["--opt_betas", "numbers"]),
         (["--model", "x", "--scale", "0.1"], ["--scale", "two numbers"]),
         (["--model", "x", "--fuse"], ["--fuse", "add --eval"]),
+        (["--model", "x", "--eval_set", "real"], ["--eval_set real", "--eval"]),
+        (["--model", "x", "--eval", "--eval_set", "a", "--data_set", "CIFAR"], ["--eval_set a", "no --data_set"]),
+        (["--model", "x", "--eval_set", "b"], ["--eval_set", "val, real, v2, a, r, sketch"]),
+        (["--model", "x", "--crop_pct", "0"], ["--crop_pct", "above 0"]),
+        (["--model", "x", "--crop_pct", "1.5"], ["--crop_pct", "at most 1"]),
         (["--local_rank", "first"], ["--local_rank"]),
     ],
 )
