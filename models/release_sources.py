@@ -22,7 +22,7 @@ import requests
 import torch
 from filelock import FileLock
 from gdown.exceptions import DownloadError, FileURLRetrievalError
-from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from errors import UsageError, listed
@@ -110,10 +110,10 @@ class Hub:
 
     def fetch(self, release: Release, folder: Path) -> Path:
         repo = self.repo.replace("{model}", release.model)
-        dedicated = release.names(repo.rpartition("/")[2], suffix="")
+        dedicated, hub = release.names(repo.rpartition("/")[2], suffix=""), HfApi()
         try:
-            name = choose_file(HfApi().list_repo_files(repo), release, dedicated)
-            return Path(hf_hub_download(repo, name, local_dir=folder))
+            name = choose_file(hub.list_repo_files(repo), release, dedicated)
+            return Path(hub.hf_hub_download(repo, name, local_dir=folder))
         except Unavailable as error:
             raise type(error)(f"{self} {error}") from error
         except RepositoryNotFoundError as error:

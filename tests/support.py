@@ -46,11 +46,11 @@ def complaint(function: Callable, *args: object) -> str:
 
 
 def scrambled(model: nn.Module, seed: int) -> nn.Module:
-    """The model with every parameter and running statistic drawn at random, so that no two are alike by chance."""
+    """The model with noise on every parameter and running statistic, so that none is alike another's by chance."""
     generator = torch.Generator().manual_seed(seed)
-    for name, value in model.state_dict().items():
+    for value in model.state_dict().values():
         if value.is_floating_point():
-            value.copy_(torch.rand(value.shape, generator=generator) * 0.2 + (0.9 if "running_var" in name else -0.1))
+            value.add_(0.2 * torch.rand(value.shape, generator=generator) - 0.1)
     return model.eval()
 
 
