@@ -8,6 +8,7 @@ import re
 import tarfile
 import warnings
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,11 +37,16 @@ SAFE_CLASSES = [
 ]
 """What a checkpoint may hold besides tensors and plain containers, as `torch.serialization.safe_globals` takes it."""
 
+NESTS = ("model", "state_dict")
+"""Where in a checkpoint the weights are."""
+
 LARGEST_EXPANSION = 4
 """torch.save does not compress: an archive that claims to hold more than this many times its own size is a trap."""
 
-BLOCK = re.compile(r"stages\.(\d+)\.(?:blocks\.)?(\d+)\.")
-FIRST_NORM = re.compile(r"stages\.(\d+)\.(?:blocks\.)?0\.norm1\.(?:\w+\.)?weight")
+FOLDER_MARK = 0x10
+
+BLOCK = re.compile(r"stages\.(\d)\.(?:blocks\.)?(\d{1,3})\.")
+FIRST_NORM = re.compile(r"stages\.(\d)\.(?:blocks\.)?0\.norm1\.(?:\w+\.)?weight")
 
 # -- reading ------------------------------------------------------------------------------------------------------
 
@@ -59,8 +65,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         content = _read(path)
     except UsageError:
         raise
-    except OSError as error:
-        raise UsageError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
+    except PermissionError as error:
+        raise UsageError(f"checkpoint {path} may not be read: {error.strerror}") from error
     except Exception as error:
         # A damaged file makes the zip reader and the unpickler raise almost anything.
         code = _code_in(path, error)
@@ -90,11 +96,15 @@ def _read(path: Path) -> Any:
 
 
 def _check_archive(path: Path) -> None:
-    """UsageError if an archive would unpack to far more than it is, or a checksum in it is wrong (torch looks not)."""
+    """UsageError if an archive would unpack to far more than it is, or holds what torch would not notice is damaged."""
     with zipfile.ZipFile(path) as archive:
-        claimed, size = sum(entry.file_size for entry in archive.infolist()), path.stat().st_size
+        entries, size = archive.infolist(), path.stat().st_size
+        claimed = sum(entry.file_size for entry in entries)
         if claimed > LARGEST_EXPANSION * size:
             raise UsageError(f"checkpoint {path} of {size:,} bytes claims to hold {claimed:,}; it was not unpacked")
+        # Of an entry marked as a folder, torch reads nothing and leaves memory as it is.
+        if any(entry.external_attr & FOLDER_MARK for entry in entries):
+            raise UsageError(f"checkpoint {path} is damaged: its directory lists folders")
         damaged = archive.testzip()
     if damaged is not None:
         raise UsageError(f"checkpoint {path} is damaged: the checksum of {damaged} is wrong")
@@ -106,8 +116,9 @@ def _code_in(path: Path, error: Exception) -> str | None:
     if named:
         return named[1]
     # torch names nothing in pickles of protocols that it does not use itself.
+    harmless = ("torch.", "collections.", "argparse.Namespace", "pathlib.")
     with contextlib.suppress(Exception):
-        return next((name for name in _globals_of(path) if name.split(".")[0] not in ("torch", "collections")), None)
+        return next((name for name in _globals_of(path) if not name.startswith(harmless)), None)
     return None
 
 
@@ -137,12 +148,10 @@ def weights_of(checkpoint: Mapping[str, Any], path: str | Path, ema: bool = Fals
         if not isinstance(weights, dict):
             raise UsageError(f"{path} holds no averaged weights; leave out --use_ema")
     else:
-        nested = (checkpoint[key] for key in ("model", "state_dict") if isinstance(checkpoint.get(key), dict))
-        weights = next(nested, checkpoint)
+        weights = next((checkpoint[key] for key in NESTS if isinstance(checkpoint.get(key), dict)), checkpoint)
     if not weights or not all(isinstance(name, str) and _is_plain(value) for name, value in weights.items()):
-        raise UsageError(
-            f"{path} holds no weights: expected tensors by name in 'model' or 'state_dict', found {_shown(checkpoint)}"
-        )
+        expected = f"expected tensors by name, in {' or '.join(map(repr, NESTS))} or by themselves"
+        raise UsageError(f"{path} holds no weights: {expected}; its keys: {_shown(checkpoint) or 'none'}")
     return clean_state_dict(weights)
 
 
@@ -163,9 +172,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
     Unwraps {'model': ...} and {'state_dict': ...}, strips the prefix of DistributedDataParallel, and resamples
     relative position tables bilinearly when the model was built for another image size.
     """
-    for key in ("model", "state_dict"):
-        if isinstance(state_dict.get(key), dict):
-            state_dict = state_dict[key]
+    state_dict = next((state_dict[key] for key in NESTS if isinstance(state_dict.get(key), dict)), state_dict)
     wanted = model.state_dict()
     result = {}
     for name, value in clean_state_dict(state_dict).items():
@@ -243,11 +250,8 @@ def _place(name: str) -> str:
 
 
 def _blocks_per_stage(names: Iterable[str]) -> dict[int, int]:
-    depths: dict[int, int] = {}
-    for block in filter(None, map(BLOCK.match, names)):
-        stage, number = int(block[1]), int(block[2])
-        depths[stage] = max(depths.get(stage, 0), number + 1)
-    return dict(sorted(depths.items()))
+    blocks = {(int(block[1]), int(block[2])) for block in map(BLOCK.match, names) if block}
+    return dict(sorted(Counter(stage for stage, _ in blocks).items()))
 
 
 def _depths(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: str) -> str | None:
@@ -273,7 +277,7 @@ def _widths(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: st
         [len(value) for key, value in sorted(weights.items()) if FIRST_NORM.fullmatch(key) and value.ndim]
         for weights in (found, wanted)
     )
-    if theirs == ours:
+    if theirs == ours or len(theirs) != len(ours):
         return None
     return f"checkpoint has widths {_joined(theirs)}, {model} has {_joined(ours)}: choose the --model of these widths"
 
