@@ -44,6 +44,7 @@ LARGEST_EXPANSION = 4
 """torch.save does not compress: an archive that claims to hold more than this many times its own size is a trap."""
 
 FOLDER_MARK = 0x10
+"""The bit of an archive entry's attributes that makes it a folder."""
 
 BLOCK = re.compile(r"stages\.(\d)\.(?:blocks\.)?(\d{1,3})\.")
 FIRST_NORM = re.compile(r"stages\.(\d)\.(?:blocks\.)?0\.norm1\.(?:\w+\.)?weight")

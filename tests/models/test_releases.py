@@ -28,7 +28,7 @@ from errors import exit_on_error
 from models import release_sources, releases
 from models.release_sources import OneDriveShare
 from models.releases import RELEASES, Places, find_release
-from models.weights import load_checkpoint
+from models.weights import load_checkpoint, load_to_finetune
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -143,6 +143,14 @@ def test_the_weights_evaluate_to_the_models_logits(
 def test_the_average_is_evaluated_on_request(tmp_path, checkpoint, published, from_run):
     folder = local_folder(tmp_path, checkpoint).folder
     assert_same_logits(from_run("--release_dir", folder, "--use_ema"), published[1])
+
+
+@pytest.mark.usefixtures("nano_release")
+def test_evaluation_at_another_size_resamples_the_position_tables(tmp_path, checkpoint, published, from_run):
+    model = from_run("--release_dir", local_folder(tmp_path, checkpoint).folder, "--input_size", "96")
+    wanted = timm.create_model(NANO, num_classes=4, img_size=96)
+    load_to_finetune(wanted, published[0].state_dict(), "x")
+    assert_same_logits(model, wanted.eval())
 
 
 @pytest.mark.usefixtures("nano_release")
