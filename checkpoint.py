@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and how it is written so that one can always be read.
+"""What a checkpoint holds, and how it is written so that one can always be read (which models/weights.py does).
 
 A checkpoint is a dict of tensors and plain containers, readable with `torch.load(weights_only=True)`:
 model, model_ema, optimizer, scaler: state dicts; epoch, position: the place in the data at which
@@ -7,12 +7,9 @@ the epoch so far; best: the best accuracy so far; history: the run's log; args: 
 of the data; classes: their names.
 """
 
-import argparse
 import contextlib
 import os
-import pathlib
 import warnings
-import zipfile
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -21,16 +18,9 @@ import torch
 from torch import nn
 
 from errors import UsageError, listed
-from models.backbone import Backbone, checkpoint_filter_fn
+from models.weights import load_checkpoint, load_weights, weights_of
 
 LAST, PREVIOUS, BEST = "checkpoint.pth", "checkpoint.previous.pth", "best.pth"
-SAFE_CLASSES = (
-    argparse.Namespace,
-    pathlib.PosixPath,
-    pathlib.PurePosixPath,
-    pathlib.WindowsPath,
-    pathlib.PureWindowsPath,
-)
 
 
 @dataclass
@@ -123,39 +113,6 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU; nothing in it is executed. UsageError if it is not one, torn, or holds code."""
-    path = Path(path)
-    if not path.is_file():
-        raise UsageError(f"checkpoint {path} does not exist")
-    try:
-        with torch.serialization.safe_globals(list(SAFE_CLASSES)), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            if zipfile.is_zipfile(path):
-                code = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-                if code:
-                    raise UsageError(
-                        f"checkpoint {path} holds {code[0]}, which is code, not weights; it was not loaded"
-                    )
-                _verify_checksums(path)  # torch.load does not
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except UsageError:
-        raise
-    except Exception as error:
-        # A damaged file makes the zip reader and the unpickler raise almost anything.
-        raise UsageError(f"{path} is not a checkpoint, or it is damaged ({type(error).__name__})") from error
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} holds a {type(content).__name__}, not a checkpoint")
-    return content
-
-
-def _verify_checksums(path: Path) -> None:
-    with zipfile.ZipFile(path) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise UsageError(f"checkpoint {path} is damaged: the checksum of {damaged} is wrong")
-
-
 def load_latest(folder: Path) -> tuple[dict[str, Any], Path] | None:
     """The newest readable checkpoint of a run folder and its path; None if it has none. Warns if it falls back."""
     candidates = [path for path in (folder / LAST, folder / PREVIOUS) if path.exists()]
@@ -167,60 +124,3 @@ def load_latest(folder: Path) -> tuple[dict[str, Any], Path] | None:
                 raise
             warnings.warn(f"{error}; falling back to {PREVIOUS}", stacklevel=2)
     return None
-
-
-def weights_of(checkpoint: dict[str, Any], path: str | Path, ema: bool = False) -> dict[str, Any]:
-    """The model's (or the averaged) state dict in a checkpoint of ours, of DeiT's kind, or a bare state dict."""
-    if ema:
-        if not isinstance(checkpoint.get("model_ema"), dict):
-            raise UsageError(f"{path} holds no averaged weights; leave out --use_ema")
-        return _without_prefix(checkpoint["model_ema"])
-    for key in ("model", "state_dict"):
-        if isinstance(checkpoint.get(key), dict):
-            return _without_prefix(checkpoint[key])
-    if checkpoint and all(isinstance(value, torch.Tensor) for value in checkpoint.values()):
-        return _without_prefix(checkpoint)
-    raise UsageError(f"{path} holds no weights: expected a key 'model' or 'state_dict', found {listed(checkpoint)}")
-
-
-def _without_prefix(weights: dict[str, Any]) -> dict[str, Any]:
-    """Names without the prefix that DistributedDataParallel and timm's EMA put in front."""
-    return {name.removeprefix("module."): value for name, value in weights.items()}
-
-
-def load_weights(model: nn.Module, weights: dict[str, Any], path: str | Path) -> None:
-    """Load strictly. UsageError naming the first differences if `path` is of another model."""
-    wanted = model.state_dict()
-    missing, unknown = wanted.keys() - weights.keys(), weights.keys() - wanted.keys()
-    shapes = [name for name in wanted.keys() & weights.keys() if wanted[name].shape != weights[name].shape]
-    problems = []
-    if missing:
-        problems.append(f"lacks {listed(missing)}")
-    if unknown:
-        problems.append(f"has {listed(unknown)} besides")
-    if shapes:
-        name = min(shapes)
-        problems.append(f"has {name} {list(weights[name].shape)} where the model has {list(wanted[name].shape)}")
-    if problems:
-        raise UsageError(f"{path} is of another model: it {'; '.join(problems)}")
-    model.load_state_dict(weights)
-
-
-def load_to_finetune(model: nn.Module, weights: dict[str, Any], path: str | Path) -> list[str]:
-    """Load into a model of another input size or class count. Returns the names of the tensors left as they were.
-
-    Position tables are resampled by the model family's own filter; a classifier of another class count stays at its
-    initial value. UsageError if anything else does not fit.
-    """
-    if isinstance(model, Backbone):
-        weights = checkpoint_filter_fn(weights, model)
-    wanted = model.state_dict()
-    classifier = (getattr(model, "default_cfg", None) or {}).get("classifier", "head")
-    fresh = [
-        name
-        for name in wanted
-        if name.startswith(f"{classifier}.") and (name not in weights or weights[name].shape != wanted[name].shape)
-    ]
-    kept = {name: value for name, value in weights.items() if not name.startswith(f"{classifier}.") or name in wanted}
-    load_weights(model, kept | {name: wanted[name] for name in fresh}, path)
-    return fresh

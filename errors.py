@@ -1,9 +1,11 @@
 """Ends of a run that need no traceback: one line and an exit code."""
 
+import argparse
 import difflib
 import signal
 import sys
 from collections.abc import Callable, Collection, Iterable
+from typing import NoReturn
 
 
 class UsageError(ValueError):
@@ -11,7 +13,8 @@ class UsageError(ValueError):
 
     def __init__(self, message: str) -> None:
         # A DataLoader worker re-raises with its traceback as the message: keep the sentence meant for the user.
-        super().__init__(message.rsplit("UsageError: ", 1)[-1].strip())
+        sentence = message.rsplit("UsageError: ", 1)[-1].strip()
+        super().__init__(" ".join(sentence.splitlines()))  # names in a damaged file may hold line breaks
 
 
 class NonFiniteLoss(RuntimeError):
@@ -40,6 +43,13 @@ def exit_on_error(program: str, main: Callable[[], object]) -> None:
     except tuple(EXIT_CODES) as error:
         print(f"{program}: {'' if isinstance(error, Stopped) else 'error: '}{error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_CODES[type(error)])
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A command line whose errors are one line, without the screenful of usage that argparse prints before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def listed(names: Iterable[object], most: int = 3) -> str:

@@ -32,7 +32,10 @@ from options import DEFAULT_RECIPE, Options, SlurmOptions, check_ranges, names_o
 from utils import port_of_job
 
 CONFIGS = Path(__file__).parent / "configs"
-NOT_IN_NAME = ("data_path", "dist_eval", "dist_url", "output_dir", "log_dir", "resume", "slurm", "wait")
+NOT_IN_NAME = (
+    *("data_path", "dist_eval", "dist_url", "output_dir", "log_dir", "resume", "slurm", "wait"),
+    *("release_dir", "release_mirror", "release_hub"),
+)
 LONGEST_NAME = 255
 
 

@@ -18,23 +18,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import models
 import utils
-from checkpoint import (
-    BEST,
-    LAST,
-    TrainingState,
-    build_checkpoint,
-    load_checkpoint,
-    load_latest,
-    load_to_finetune,
-    load_weights,
-    save_checkpoint,
-    weights_of,
-)
+from checkpoint import BEST, LAST, TrainingState, build_checkpoint, load_latest, save_checkpoint
 from datasets import Data, build_data
 from engine import LossMeter, Precision, Stepper, evaluate, normalized, train_one_epoch
 from errors import Stopped, UsageError, did_you_mean, exit_on_error
 from eval_sets import TITLES, open_eval_set
-from models.backbone import checkpoint_filter_fn
+from models.releases import Places, find_release
+from models.weights import checkpoint_filter_fn, load_checkpoint, load_to_finetune, load_weights, weights_of
 from optim_factory import build_loss, build_optimizer, build_scheduler
 from options import Options, mixing, parse_args, to_plain
 from run_log import Progress, RunLog, describe, report, summarise, write_options
@@ -49,8 +39,6 @@ AMP_DTYPES = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def run(options: Options) -> dict[str, Any]:
     """One run from start to end, on every process. Returns the figures of its last evaluation."""
-    if options.load_release:
-        raise UsageError("no released weights are configured yet; pass a checkpoint: --resume or --finetune FILE")
     processes = utils.find_processes()
     device = utils.choose_device(options.device, processes)
     torch.backends.cudnn.benchmark = True
@@ -64,11 +52,14 @@ def evaluate_only(options: Options, processes: Processes, device: torch.device) 
     other = None if options.eval_set == "val" else open_eval_set(options)
     data = build_data(options, processes, device, other)
     model = build_model(options, data.num_classes)
-    if options.resume:
-        weights = weights_of(load_checkpoint(options.resume), options.resume, options.use_ema)
-        load_weights(model, checkpoint_filter_fn(weights, model), options.resume)
+    if options.load_release:
+        path = release_of(options, model)
+        load_weights(model, checkpoint_filter_fn(read_weights(options, path), model), path)
+    elif options.resume:
+        weights = checkpoint_filter_fn(read_weights(options, options.resume), model)
+        load_weights(model, weights, options.resume)
     elif processes.is_main:
-        print("No --resume given: these are untrained weights")
+        print("Neither --resume nor --load_release given: these are untrained weights")
     if options.fuse:
         model = models.fuse(model.eval())
     model.to(device, memory_format=torch.channels_last)
@@ -86,10 +77,10 @@ def train(options: Options, processes: Processes, device: torch.device) -> dict[
 
     data = build_data(options, processes, device)
     model = build_model(options, data.num_classes)
-    if options.finetune and resumed is None:
-        weights = weights_of(load_checkpoint(options.finetune), options.finetune)
-        fresh = load_to_finetune(model, weights, options.finetune)
-        say(f"Fine-tuning from {options.finetune}" + (f"; newly initialised: {', '.join(fresh)}" if fresh else ""))
+    if resumed is None and (options.finetune or options.load_release):
+        path = options.finetune or release_of(options, model)
+        fresh = load_to_finetune(model, read_weights(options, path), path)
+        say(f"Fine-tuning from {path}" + (f"; newly initialised: {', '.join(fresh)}" if fresh else ""))
     model.to(device, memory_format=torch.channels_last)
     ema = None
     if options.model_ema:
@@ -288,6 +279,17 @@ def build_model(options: Options, num_classes: int) -> nn.Module:
         )
     except (TypeError, ValueError) as error:
         raise UsageError(f"--model {options.model}: {error}") from error
+
+
+def release_of(options: Options, model: nn.Module) -> Path:
+    """The file with the weights published for a model, downloaded if need be. UsageError if there is none."""
+    places = Places(options.release_dir, options.release_mirror, options.release_hub)
+    return find_release(model.default_cfg["architecture"], places)
+
+
+def read_weights(options: Options, path: str | Path) -> dict[str, Tensor]:
+    """The weights in a checkpoint, or with --use_ema their average."""
+    return weights_of(load_checkpoint(path), path, options.use_ema)
 
 
 def distribute(model: nn.Module, processes: Processes, options: Options, precision: Precision) -> nn.Module:

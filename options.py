@@ -12,13 +12,13 @@ import types
 from collections.abc import Sequence
 from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from errors import UsageError, did_you_mean
+from errors import OneLineParser, UsageError, did_you_mean
 
 RECIPES = Path(__file__).parent / "configs" / "recipe"
 DEFAULT_RECIPE = "debiformer_nano_digits"
@@ -47,10 +47,17 @@ class RunOptions:
     auto_resume: bool = option(True, "continue from OUTPUT_DIR/checkpoint.pth if it exists")
     start_epoch: int = option(0, "first epoch to train; a resumed checkpoint overrides it", at_least=0)
     eval: bool = option(False, "evaluate only")
-    use_ema: bool = option(False, "with --eval --resume: evaluate the checkpoint's averaged weights")
+    use_ema: bool = option(False, "take the averaged weights of --resume (with --eval), --finetune or --load_release")
     fuse: bool = option(False, "with --eval: merge BatchNorm and identities into convolutions first; same accuracy")
     dist_eval: bool = option(False, "split the evaluation over all processes; every image is counted exactly once")
-    load_release: bool = option(False, "load the weights published for the model")
+    load_release: bool = option(
+        False,
+        "take the weights published for the model: with --eval, evaluate them; else start the training from them, "
+        "like --finetune (python -m models.releases --help tells where they come from)",
+    )
+    release_dir: str = option("", "folder with released weights, looked in first; empty: $DEBIFORMER_RELEASES")
+    release_mirror: str = option("", "mirror with URL/MODEL.pth to download from; empty: $DEBIFORMER_MIRROR")
+    release_hub: str = option("", "Hugging Face repository to download from; empty: $DEBIFORMER_HUB")
     num_workers: int = option(10, "data loading processes per training process, at most one per usable CPU", at_least=0)
     pin_mem: bool = option(True, "pin host memory for faster transfers to the GPU")
     amp: str = option(
@@ -303,6 +310,9 @@ def validate(options: Options) -> None:
         raise UsageError(f"--eval_set {options.eval_set} is for evaluating on ImageNet: --eval, and no --data_set")
     if options.crop_pct is not None and not 0 < options.crop_pct <= 1:
         raise UsageError(f"--crop_pct is a fraction above 0 and at most 1, not {options.crop_pct}")
+    sources = [f"--{name}" for name in ("resume", "finetune", "load_release") if getattr(options, name)]
+    if "--load_release" in sources and len(sources) > 1:
+        raise UsageError(f"{' and '.join(sources)} both name weights to start from; leave one out")
     if mixing(options) and options.batch_size % 2:
         raise UsageError(f"mixup and CutMix pair images: --batch_size must be even, not {options.batch_size}")
 
@@ -343,13 +353,6 @@ def markdown_table() -> str:
             lines.append(f"| `{spec.name}` | {_shown(spec)} | {spec.metadata['help']}{choices} |")
         lines.append("")
     return "\n".join(lines)
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors are one line, without a screenful of usage."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def _parser(program: str) -> argparse.ArgumentParser:

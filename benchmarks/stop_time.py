@@ -18,7 +18,8 @@ from pathlib import Path
 
 import torch
 
-from checkpoint import LAST, load_checkpoint, save_checkpoint
+from checkpoint import LAST, save_checkpoint
+from models.weights import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,13 +9,16 @@ from typing import Any
 
 import torch
 import torch.fx
-import torch.nn.functional as F
 from timm.layers import SelectAdaptivePool2d, calculate_drop_path_rates
-from timm.models import checkpoint_seq
+from timm.models import build_model_with_cfg, checkpoint_seq, resolve_pretrained_cfg
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
 from .layers import Downsampling
+from .weights import checkpoint_filter_fn, load_checkpoint, load_to_finetune, weights_of
+
+RELEASE = "release:"
+"""How the url of a variant begins whose weights models/releases.py finds; the variant's name follows."""
 
 STRIDES = (4, 8, 16, 32)
 POSITION_TABLES = ("rpe_table", "relative_position_bias_table")
@@ -184,6 +187,11 @@ class Backbone(nn.Module):
             ],
         }
 
+    @torch.jit.ignore
+    def load_pretrained(self, path: str) -> None:
+        """Load a release; timm calls this for a file with custom_load. UsageError if it is not of this model."""
+        load_to_finetune(self, weights_of(load_checkpoint(path), path), path)
+
     def forward_stage(self, stage: int, x: Tensor) -> Tensor:
         """One stage, 0..3: (B, C, H, W) -> (B, C', H', W')."""
         recompute = self.training and self.grad_checkpointing[stage]
@@ -252,6 +260,25 @@ class Backbone(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+def build_variant(model_class: type[Backbone], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
+    """timm's builder with what all families share. `pretrained` takes the release unless another source is given."""
+    if pretrained:
+        cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
+        if (cfg.url or "").startswith(RELEASE) and not (cfg.source or cfg.state_dict or cfg.file or cfg.hf_hub_id):
+            from .releases import find_release  # a command of its own: not to be imported whenever models is
+
+            found = {"file": str(find_release(cfg.url.removeprefix(RELEASE))), "custom_load": True}
+            kwargs["pretrained_cfg_overlay"] = {**(kwargs.get("pretrained_cfg_overlay") or {}), **found}
+    return build_model_with_cfg(
+        model_class,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
+        **kwargs,
+    )
+
+
 def default_cfg(**overrides: Any) -> dict[str, Any]:
     """timm's description of how a model wants its images, and where its first and last layers are."""
     return {
@@ -267,23 +294,3 @@ def default_cfg(**overrides: Any) -> dict[str, Any]:
         "classifier": "head",
         **overrides,
     }
-
-
-def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Tensor]:
-    """Turn a checkpoint as published into a state dict for `model`.
-
-    Unwraps {'model': ...} and {'state_dict': ...}, strips the prefix of DistributedDataParallel, and resamples
-    relative position tables bilinearly when the model was built for another image size.
-    """
-    for key in ("model", "state_dict"):
-        if isinstance(state_dict.get(key), dict):
-            state_dict = state_dict[key]
-    wanted = model.state_dict()
-    result = {}
-    for name, value in state_dict.items():
-        name = name.removeprefix("module.")
-        if name.endswith("rpe_table") and name in wanted and value.shape != wanted[name].shape:
-            size = wanted[name].shape[-2:]
-            value = F.interpolate(value[None].float(), size, mode="bilinear", align_corners=True)[0].to(value.dtype)
-        result[name] = value
-    return result

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from timm.layers import DropPath
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from .attention import BiLevelRoutingAttention, FullAttention
-from .backbone import Backbone, checkpoint_filter_fn, default_cfg
+from .backbone import RELEASE, Backbone, build_variant, default_cfg
 from .layers import MapLinear, ResidualDepthwiseConv, init_linear, to_nchw, to_nhwc
 
 
@@ -78,18 +78,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "biformer_base": {"depths": (4, 4, 18, 4), "embed_dims": (96, 192, 384, 768), "num_heads": (3, 6, 12, 8)},
 }
 
-default_cfgs = generate_default_cfgs({f"{variant}.in1k": default_cfg() for variant in VARIANTS})
+default_cfgs = generate_default_cfgs({f"{variant}.in1k": default_cfg(url=RELEASE + variant) for variant in VARIANTS})
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    return build_model_with_cfg(
-        BiFormer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **{**VARIANTS[variant], **kwargs},
-    )
+    return build_variant(BiFormer, variant, pretrained, **{**VARIANTS[variant], **kwargs})
 
 
 @register_model

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from timm.layers import DropPath, to_2tuple
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from .attention import BiLevelRoutingAttention
-from .backbone import Backbone, checkpoint_filter_fn, default_cfg, stage_sides
+from .backbone import RELEASE, Backbone, build_variant, default_cfg, stage_sides
 from .deformable_attention import DeformableAgentAttention
 from .layers import ConvMlp, ResidualDepthwiseConv, to_nchw, to_nhwc
 
@@ -133,23 +133,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 default_cfgs = generate_default_cfgs(
     {
-        "debiformer_tiny.in1k": default_cfg(),
-        "debiformer_small.in1k": default_cfg(),
-        "debiformer_base.in1k": default_cfg(),
+        "debiformer_tiny.in1k": default_cfg(url=RELEASE + "debiformer_tiny"),
+        "debiformer_small.in1k": default_cfg(url=RELEASE + "debiformer_small"),
+        "debiformer_base.in1k": default_cfg(url=RELEASE + "debiformer_base"),
         "debiformer_nano.untrained": default_cfg(input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=1.0),
     }
 )
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    return build_model_with_cfg(
-        DeBiFormer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **{**VARIANTS[variant], **kwargs},
-    )
+    return build_variant(DeBiFormer, variant, pretrained, **{**VARIANTS[variant], **kwargs})
 
 
 @register_model

@@ -12,14 +12,14 @@ from typing import Any
 import torch.fx
 from timm.layers import DropPath, LayerNorm2d
 from timm.layers.pos_embed_rel import RelPosBiasTf
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import generate_default_cfgs, register_model
 from timm.models.maxxvit import Attention2d
 from torch import Tensor, nn
 
 import ops
 
 from .attention import BiLevelRoutingAttention, FullAttention, Router
-from .backbone import Backbone, checkpoint_filter_fn, default_cfg
+from .backbone import RELEASE, Backbone, build_variant, default_cfg
 from .layers import DepthwiseConv, Downsampling, MapLinear, PointwiseConv, init_linear, to_nchw, to_nhwc
 
 
@@ -266,18 +266,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "maxvit_stl": {},
 }
 
-default_cfgs = generate_default_cfgs({f"{variant}.in1k": default_cfg() for variant in VARIANTS})
+default_cfgs = generate_default_cfgs(
+    {
+        "biformer_stl.in1k": default_cfg(url=RELEASE + "biformer_stl"),
+        "biformer_stl_nchw.in1k": default_cfg(url=RELEASE + "biformer_stl_nchw"),
+        "maxvit_stl.untrained": default_cfg(),
+    }
+)
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    return build_model_with_cfg(
-        CLASSES[variant],
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg={"out_indices": (0, 1, 2, 3), "feature_cls": "getter"},
-        **{**VARIANTS[variant], **kwargs},
-    )
+    return build_variant(CLASSES[variant], variant, pretrained, **{**VARIANTS[variant], **kwargs})
 
 
 @register_model

@@ -13,6 +13,8 @@ from support import CLASSES, SMALL_RUN
 import main
 from options import Options, parse_args
 
+pytest_plugins = ["released"]
+
 
 def pytest_configure():
     # Processes of torch that share cores wait actively for each other; one thread each is faster.

@@ -21,7 +21,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from checkpoint import LAST, load_checkpoint, load_latest  # noqa: E402
+from checkpoint import LAST, load_latest  # noqa: E402
+from models.weights import load_checkpoint  # noqa: E402
 
 OPTIONS = [
     *("--model", "debiformer_nano", "--model_kwargs", "embed_dims=16,32,48,64", "depths=1,1,1,1"),

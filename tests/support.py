@@ -1,11 +1,17 @@
 """What tests of all folders share."""
 
+import argparse
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
+from torch import nn
+
+from errors import UsageError
 
 if not torch.cuda.is_available():  # read when Triton is first imported, which timm and torchvision do
     os.environ["TRITON_INTERPRET"] = "1"
@@ -32,3 +38,41 @@ def command(*argv: object, timeout: float = 300, cwd: Path = ROOT, **environment
         timeout=timeout,
         check=False,
     )
+
+
+def complaint(function: Callable, *args: object) -> str:
+    """The one line with which a function refuses what it was given."""
+    with pytest.raises(UsageError) as error:
+        function(*args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def scrambled(model: nn.Module, seed: int) -> nn.Module:
+    """The model with noise on every parameter and running statistic, so that none is alike another's by chance."""
+    generator = torch.Generator().manual_seed(seed)
+    for value in model.state_dict().values():
+        if value.is_floating_point():
+            value.add_(0.2 * torch.rand(value.shape, generator=generator) - 0.1)
+    return model.eval()
+
+
+def save_as_authors(path: Path, model: nn.Module, ema: nn.Module | None = None, zipped: bool = True) -> Path:
+    """A checkpoint as the authors' training script leaves it.
+
+    Weights under a DistributedDataParallel's names, optimizer, options as a Namespace with paths in it; `zipped=False`
+    for torch's format before 1.6.
+    """
+    content = {
+        "model": {f"module.{name}": value for name, value in model.state_dict().items()},
+        "optimizer": torch.optim.AdamW(model.parameters()).state_dict(),
+        "lr_scheduler": {"t_initial": 300, "base_values": [5e-4, 5e-4]},
+        "epoch": 299,
+        "model_ema": None if ema is None else {f"module.{name}": value for name, value in ema.state_dict().items()},
+        "scaler": torch.amp.GradScaler("cpu").state_dict(),
+        "args": argparse.Namespace(output_dir=Path("outputs") / "cls", lr=5e-4, distributed=True, opt_betas=None),
+        "max_accuracy": 81.9,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    return path

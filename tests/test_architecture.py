@@ -1,4 +1,4 @@
-"""Imports run one way: hydra_main -> main -> engine, data, models, visualize -> ops -> libraries."""
+"""Imports run one way: hydra_main -> main -> engine, data, models, visualize -> ops, errors -> libraries."""
 
 import ast
 from collections.abc import Iterator
@@ -58,6 +58,7 @@ def test_imports_are_read_as_python_resolves_them():
 def test_the_reader_sees_the_known_imports_of_this_project():
     assert {"ops", "models", "dense"} <= PROJECT
     assert imports_of_project(Path("models/attention.py")) == {"ops"}
+    assert imports_of_project(Path("models/weights.py")) == {"errors"}
     assert imports_of_project(Path("dense/pyramid.py")) == {"models"}
 
 
@@ -66,9 +67,13 @@ def test_ops_import_nothing_of_the_project(path):
     assert imports_of_project(path) == set()
 
 
+def test_errors_import_nothing_of_the_project():
+    assert imports_of_project(Path("errors.py")) == set()
+
+
 @pytest.mark.parametrize("path", files_in("models"), ids=str)
-def test_models_import_only_ops(path):
-    assert imports_of_project(path) <= {"ops"}
+def test_models_import_only_ops_and_errors(path):
+    assert imports_of_project(path) <= {"ops", "errors"}
 
 
 @pytest.mark.parametrize("name", BELOW_MAIN)

@@ -5,8 +5,9 @@ from dataclasses import fields
 from itertools import pairwise
 
 import pytest
+import timm
 import yaml
-from support import ROOT, SMALL_RUN, command
+from support import ROOT, SMALL_RUN, command, save_as_authors, scrambled
 
 from hydra_main import LONGEST_NAME, run_dir, run_name
 from options import SlurmOptions
@@ -22,6 +23,11 @@ def test_runs_are_named_by_what_was_given():
     assert run_name(PUBLISHED) == name
     assert run_name(PUBLISHED[::-1]) == name
     assert run_dir("", PUBLISHED, "20230307-21:33:26") == f"outputs/cls/{name}/20230307-21:33:26"
+
+
+def test_where_weights_come_from_is_not_part_of_the_name():
+    places = ["release_dir=/weights", "release_mirror=https://mirror", "release_hub=lab/weights"]
+    assert run_name([*places, "load_release=true"]) == "load_release.true"
 
 
 def test_an_output_folder_that_is_given_is_used():
@@ -68,6 +74,17 @@ def test_the_same_command_runs_here_and_in_local_processes(shared_images, tmp_pa
         assert done.returncode == 0, done.stderr
         assert (folder / "checkpoint.pth").exists()
         assert (folder / "hydra" / "overrides.yaml").exists()
+
+
+def test_released_weights_are_evaluated(shared_images, tmp_path):
+    model = scrambled(timm.create_model("debiformer_tiny", num_classes=4), 1)
+    file = save_as_authors(tmp_path / "weights" / "debiformer_tiny.pth", model)
+    overrides = ["model=debiformer_tiny", "load_release=true", f"release_dir={file.parent}", "eval=true"]
+    overrides += [f"data_path={shared_images}", "input_size=64", "device=cpu", f"output_dir={tmp_path / 'run'}"]
+    done = command("hydra_main.py", *overrides, "num_workers=0")
+    assert done.returncode == 0, done.stderr
+    assert "Acc@1" in done.stdout
+    assert "untrained" not in done.stdout
 
 
 @pytest.mark.parametrize(

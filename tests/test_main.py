@@ -19,8 +19,9 @@ from support import ROOT, SMALL_RUN, command
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
-from checkpoint import BEST, LAST, load_checkpoint
+from checkpoint import BEST, LAST
 from errors import NonFiniteLoss, Stopped, UsageError
+from models.weights import load_checkpoint
 
 TIMINGS = ("seconds",)
 
@@ -365,7 +366,9 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(shared_images, tmp_pat
         (["--output_dir", "/proc/run"], ["cannot write to /proc/run"]),
         (["--opt", "adamx"], ["--opt adamx"]),
         (["--sched", "sine"], ["--sched"]),
-        (["--load_release", "--eval"], ["no released weights are configured yet"]),
+        (["--load_release", "--eval"], ["no released weights of debiformer_nano are known"]),
+        (["--load_release", "--resume", "a.pth"], ["--resume and --load_release", "leave one out"]),
+        (["--load_release", "--finetune", "a.pth"], ["--finetune and --load_release", "leave one out"]),
         (["--batch_size", "2000"], ["lower --batch_size"]),
     ],
 )

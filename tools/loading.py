@@ -11,10 +11,10 @@ import timm
 from timm.data import ImageNetInfo
 from torch import nn
 
-from checkpoint import load_checkpoint, load_weights, weights_of
 from errors import UsageError
 from main import build_model, check_model_name
-from options import KeyValues, OneLineParser, Options, check_ranges, with_underscores
+from models.weights import load_checkpoint, load_weights, weights_of
+from options import KeyValues, Options, check_ranges, with_underscores
 
 UNTRAINED = "*** UNTRAINED WEIGHTS: no --checkpoint was given, what the model says is random ***"
 

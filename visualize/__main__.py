@@ -4,13 +4,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from errors import UsageError, exit_on_error, listed
+from errors import OneLineParser, UsageError, exit_on_error, listed
 
 from . import evidence, figures, maps, panels
 from .images import image_files, open_image
@@ -18,16 +17,9 @@ from .report import UNTRAINED, Picture, Section, report_html
 from .subject import DEFAULT_MODEL, Subject, load_subject
 
 
-class Parser(argparse.ArgumentParser):
-    """Mistakes are one line."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(message)
-
-
-def parser() -> Parser:
+def parser() -> OneLineParser:
     """The command line."""
-    result = Parser(
+    result = OneLineParser(
         prog="python -m visualize",
         allow_abbrev=False,
         description="Draws, for points of an image, what the attention of a model does there.",

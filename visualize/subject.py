@@ -15,9 +15,10 @@ from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 import models
-from checkpoint import load_checkpoint, load_weights, weights_of
 from datasets import eval_crop
 from errors import UsageError, did_you_mean
+from models.releases import find_release
+from models.weights import load_checkpoint, load_weights, weights_of
 
 from .capture import Capture, capture, check_readable, time_limit
 from .images import to_tensor, view_of
@@ -65,12 +66,14 @@ def load_subject(name: str | None = None, checkpoint: str | Path | None = None, 
     """Build a model and load a checkpoint into it, as it was trained: input size, classes and arguments are its own.
 
     name: None takes the checkpoint's, or else debiformer_tiny. Without weights they are random, the same each time.
+    load_release: take the weights published for the model.
     UsageError for an unknown model, one without attention to show, or a checkpoint that does not fit.
     """
     if load_release:
-        raise UsageError("no released weights are configured yet; pass a checkpoint: --checkpoint FILE")
+        name = name or DEFAULT_MODEL
+        checkpoint = find_release(name)
     content = load_checkpoint(checkpoint) if checkpoint else {}
-    args = _plain(content.get("args"))
+    args = {} if load_release else _plain(content.get("args"))  # a release has its model's published size and classes
     trained_as = args.get("model")
     name = name or trained_as or DEFAULT_MODEL
     if trained_as and trained_as != name:

@@ -14,8 +14,8 @@ from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 
 import models
-from models.backbone import checkpoint_filter_fn
 from models.deformable_attention import DeformableAgentAttention
+from models.weights import checkpoint_filter_fn
 
 ALIASES = {"debi_tiny": "debiformer_tiny", "debi_small": "debiformer_small", "debi_base": "debiformer_base"}
 ALL_NAMES = [*models.MODEL_NAMES, *ALIASES]

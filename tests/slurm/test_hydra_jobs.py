@@ -13,7 +13,8 @@ import submitit
 import torch
 from support import ROOT, SMALL_RUN, command
 
-from checkpoint import LAST, load_checkpoint
+from checkpoint import LAST
+from models.weights import load_checkpoint
 
 OPTIONS = {
     "model": "debiformer_nano",

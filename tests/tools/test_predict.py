@@ -8,8 +8,8 @@ import torch
 from support import CLASSES, command
 from timm.data import ImageNetInfo
 
-from checkpoint import load_checkpoint
 from errors import UsageError
+from models.weights import load_checkpoint
 from tools import predict
 from tools.loading import UNTRAINED, load_model
 
