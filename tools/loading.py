@@ -11,7 +11,7 @@ import timm
 from timm.data import ImageNetInfo
 from torch import nn
 
-from errors import UsageError
+from errors import OneLineParser, UsageError
 from main import build_model, check_model_name
 from models.weights import load_checkpoint, load_weights, weights_of
 from options import KeyValues, Options, check_ranges, with_underscores
