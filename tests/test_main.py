@@ -108,9 +108,9 @@ def test_fusing_changes_no_figure(run_small, small_options, monkeypatch):
     folder = run_small("--epochs", "1")
     evaluate, norms = main.evaluate, []
 
-    def watched(model, *args):
+    def watched(model, *args, **kwargs):
         norms.append(sum(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()))
-        return evaluate(model, *args)
+        return evaluate(model, *args, **kwargs)
 
     monkeypatch.setattr(main, "evaluate", watched)
     plain, fused = (

@@ -9,7 +9,7 @@ from typing import Any
 
 import timm
 from timm.data import ImageNetInfo
-from torch import nn
+from torch import Tensor, nn
 
 from errors import OneLineParser, UsageError
 from main import build_model, check_model_name
@@ -17,6 +17,8 @@ from models.weights import load_checkpoint, load_weights, weights_of
 from options import KeyValues, Options, check_ranges, with_underscores
 
 UNTRAINED = "*** UNTRAINED WEIGHTS: no --checkpoint was given, what the model says is random ***"
+NEEDED = {"input_size": int, "model_kwargs": dict, "crop_pct": float, "data_set": str}
+"""What a checkpoint's options say about the model and its images."""
 
 
 @dataclass
@@ -47,14 +49,8 @@ def load_model(
     """
     check_model_name(name, "--model")
     content = load_checkpoint(checkpoint) if checkpoint else {}
-    trained_with = _options_of(content)
-    options = Options(
-        model=name,
-        input_size=trained_with.get("input_size") or _native_size(name),
-        drop_path=0.0,
-        model_kwargs={**(trained_with.get("model_kwargs") or {}), **(model_kwargs or {})},
-        **{key: trained_with[key] for key in ("crop_pct", "data_set") if trained_with.get(key)},
-    )
+    options = Options(**{"input_size": _native_size(name), "drop_path": 0.0, **_options_of(content), "model": name})
+    options.model_kwargs = {**options.model_kwargs, **(model_kwargs or {})}
     if checkpoint:
         weights = weights_of(content, checkpoint, use_ema)
         model = build_model(options, _count_classes(weights, name, checkpoint))
@@ -67,11 +63,12 @@ def load_model(
 
 
 def _options_of(content: dict[str, Any]) -> dict[str, Any]:
-    """The options a checkpoint was trained with; authors save them as a Namespace, some not at all."""
-    options = content.get("args")
-    if isinstance(options, argparse.Namespace):
-        options = vars(options)
-    return options if isinstance(options, dict) else {}
+    """Of the options a checkpoint was trained with, those in NEEDED; authors save a Namespace, some nothing."""
+    saved = content.get("args")
+    if isinstance(saved, argparse.Namespace):
+        saved = vars(saved)
+    saved = saved if isinstance(saved, dict) else {}
+    return {name: saved[name] for name, kind in NEEDED.items() if isinstance(saved.get(name), kind)}
 
 
 def _native_size(name: str) -> int:
@@ -83,7 +80,7 @@ def _count_classes(weights: dict[str, Any], name: str, checkpoint: str) -> int:
     cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
     classifier = cfg.classifier if cfg and isinstance(cfg.classifier, str) else "head"
     weight = weights.get(f"{classifier}.weight")
-    if weight is None:
+    if not isinstance(weight, Tensor) or weight.ndim == 0:
         raise UsageError(f"{checkpoint} holds no classifier of {name} ({classifier}.weight); is it of another model?")
     return weight.shape[0]
 

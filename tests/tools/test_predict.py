@@ -1,5 +1,6 @@
 """Predictions from the shell."""
 
+import argparse
 import re
 
 import pytest
@@ -83,6 +84,24 @@ def test_models_of_timm_work_too(images_by_class, tmp_path, capsys):
     lines = lines_of(capsys, images_by_class["cat"], "--model", "resnet10t", *weights, "--input-size", "64")
     assert len(lines) == 6
     assert re.search(r"class [0-6]$", lines[1])
+
+
+@pytest.mark.parametrize(
+    ("args", "size"),
+    [
+        (argparse.Namespace(input_size=96, model="debi_nano", lr=1e-3), 96),
+        (argparse.Namespace(), 64),
+        ({"input_size": "large", "model_kwargs": ["n_win"], "crop_pct": None}, 64),
+        (["input_size"], 64),
+    ],
+)
+def test_options_as_authors_save_them(tmp_path, args, size):
+    """An argparse Namespace; and what is none of the options is not taken for one."""
+    model = timm.create_model("debiformer_nano", num_classes=3, img_size=size)
+    torch.save({"model": model.state_dict(), "args": args}, tmp_path / "authors.pth")
+    loaded = load_model("debiformer_nano", str(tmp_path / "authors.pth"))
+    assert loaded.options.input_size == size
+    assert loaded.model.state_dict().keys() == model.state_dict().keys()
 
 
 def test_averaged_weights(checkpoint, tmp_path):
