@@ -4,11 +4,13 @@ None asks for the fastest that can run; the environment variable DEBIFORMER_BACK
 logged once per outcome. A backend asked for by name that cannot run is an error that says why.
 """
 
+import contextlib
 import functools
 import importlib.util
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -23,6 +25,19 @@ TRITON_LARGEST_HEAD = 128
 """Channels per head that the triton backend takes at most."""
 _logger = logging.getLogger(__name__)
 _logged: set[str] = set()
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Within the block, attentions that are free to choose take this backend."""
+    before = os.environ.get(ENVIRONMENT)
+    os.environ[ENVIRONMENT] = name
+    try:
+        yield
+    finally:
+        del os.environ[ENVIRONMENT]
+        if before is not None:
+            os.environ[ENVIRONMENT] = before
 
 
 def choose_backend(requested: str | None, q: Tensor, num_heads: int) -> str:

@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from errors import UsageError, exit_on_error
+from ops.backend import use_backend
 
 from .loading import UNTRAINED, Loaded, imagenet_descriptions, load_from, model_parser
 
@@ -57,8 +58,11 @@ def export_onnx(loaded: Loaded, path: Path) -> float:
     missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
     if missing:
         raise UsageError(f"--format onnx needs {', '.join(missing)}: pip install {' '.join(missing)}")
-    # Fused attention would leave strides in the graph that its decomposition for ONNX does not have.
-    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    # ONNX knows no operators of this project, and has no strides, which fused attention would leave in the graph.
+    plain = contextlib.ExitStack()
+    plain.enter_context(use_backend("reference"))
+    plain.enter_context(sdpa_kernel(SDPBackend.MATH))
+    with plain, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
             torch.onnx.export(

@@ -9,6 +9,7 @@ import torch
 
 import utils
 from datasets import ImageFiles, Key, Transformed, eval_transform
+from engine import normalized
 from errors import UsageError, exit_on_error
 
 from .loading import UNTRAINED, Loaded, imagenet_descriptions, load_from, model_parser
@@ -27,7 +28,7 @@ def predict(
     for number, path in enumerate(paths):
         image, _ = images[Key(number)]
         try:
-            logits = model(image[None].to(device))
+            logits = model(normalized(image[None].to(device)))
         except (AssertionError, RuntimeError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             raise UsageError(f"--input_size {loaded.options.input_size}: {reason}") from error

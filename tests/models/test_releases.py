@@ -40,7 +40,12 @@ def from_run(monkeypatch, small_options):
     def run(*argv):
         seen = []
         evaluate = main.evaluate
-        monkeypatch.setattr(main, "evaluate", lambda model, *args: (seen.append(model), evaluate(model, *args))[1])
+
+        def watched(model, *args, **kwargs):
+            seen.append(model)
+            return evaluate(model, *args, **kwargs)
+
+        monkeypatch.setattr(main, "evaluate", watched)
         options = small_options("--eval", "--load_release", "--input_size", "64", *argv)
         options.model_kwargs = {}
         main.run(options)

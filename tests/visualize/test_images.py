@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from datasets import eval_transform
+from engine import normalized
 from errors import UsageError
 from options import Options
 from visualize.images import image_files, open_image, to_tensor, view_of
@@ -67,7 +68,7 @@ def test_folders_and_missing_files(tmp_path):
 def test_the_view_is_the_evaluation_view(crop_pct):
     pixels = np.random.default_rng(0).integers(0, 255, (81, 123, 3), np.uint8)
     image = Image.fromarray(pixels)
-    expected = eval_transform(Options(input_size=64, crop_pct=crop_pct))(image)
+    expected = normalized(eval_transform(Options(input_size=64, crop_pct=crop_pct))(image))
     torch.testing.assert_close(to_tensor(view_of(image, 64, crop_pct))[0], expected)
 
 
