@@ -151,4 +151,6 @@ def test_the_command_prints_and_ends_as_documented(checkpoint, images_by_class, 
     assert printed.stdout.splitlines()[1].endswith("%  dog")
     printed = command(*run, tmp_path)
     assert printed.returncode == 2
-    assert printed.stderr.splitlines() == [f"tools.predict: error: checkpoint {tmp_path} does not exist"]
+    assert printed.stderr.splitlines() == [
+        f"tools.predict: error: checkpoint {tmp_path} is a folder; name a file in it"
+    ]
