@@ -52,6 +52,10 @@ class TrainingState:
         theirs = checkpoint["args"].get("model")
         if theirs != self.args["model"]:
             raise UsageError(f"{path} is of {theirs}, not of {self.args['model']}; choose another --output_dir")
+        if checkpoint["classes"] != self.classes:
+            raise UsageError(f"{path} was trained on other classes; choose another --output_dir, or --finetune {path}")
+        if checkpoint["args"].get("opt") != self.args["opt"]:
+            raise UsageError(f"{path} was trained with --opt {checkpoint['args'].get('opt')}; go on with that")
         changed = [name for name, value in self.data.items() if checkpoint["data"].get(name) != value]
         if changed and checkpoint["position"]:
             changes = ", ".join(f"{name} was {checkpoint['data'].get(name)}, is {self.data[name]}" for name in changed)

@@ -243,8 +243,8 @@ def _timm_source(options: Options, train: bool) -> Dataset:
         )
     except ImportError as error:
         raise UsageError(f"--data_set {options.data_set} needs another package ({error}); pip install it") from error
-    except (AssertionError, OSError, RuntimeError, ValueError) as error:
-        raise UsageError(f"--data_set {options.data_set}, split {split!r}: {error}") from error
+    except (AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(f"--data_set {options.data_set}, split {split!r}: {error or type(error).__name__}") from error
     return ReaderImages(dataset.reader) if isinstance(dataset, ImageDataset) else dataset
 
 

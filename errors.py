@@ -40,6 +40,9 @@ def exit_on_error(program: str, main: Callable[[], object]) -> None:
     """Run `main`; the errors of this module end the process with one line on stderr instead of a traceback."""
     try:
         main()
+    except KeyboardInterrupt:
+        print(f"{program}: interrupted", file=sys.stderr, flush=True)
+        sys.exit(128 + signal.SIGINT)
     except tuple(EXIT_CODES) as error:
         print(f"{program}: {'' if isinstance(error, Stopped) else 'error: '}{error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_CODES[type(error)])

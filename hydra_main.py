@@ -105,7 +105,12 @@ class Job:
 
 def run_dir(output_dir: str, overrides: list[str], now: str) -> str:
     """The folder of a run: `output_dir` if it is given, else one named after the command line and the time."""
-    return output_dir or f"outputs/cls/{run_name(overrides)}/{now}"
+    return output_dir or sweep_dir("", overrides, now)
+
+
+def sweep_dir(output_dir: str, overrides: list[str], now: str) -> str:
+    """The folder of one of many runs: a folder of its own, in `output_dir` if it is given."""
+    return f"{output_dir or 'outputs/cls'}/{run_name(overrides)}/{now}"
 
 
 def run_name(overrides: list[str]) -> str:
@@ -142,6 +147,10 @@ def submit(options: Options, slurm: SlurmOptions) -> submitit.Job:
     # The job starts in the folder it was submitted from, which need not be the project's.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CONFIGS.parent), os.environ.get("PYTHONPATH")]))
     folder = slurm.job_dir or options.output_dir
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write to {folder}: {error.strerror}; choose another slurm.job_dir") from error
     executor = submitit.AutoExecutor(folder, cluster=slurm.executor, slurm_max_num_timeout=slurm.requeues)
     executor.update_parameters(
         name=slurm.job_name or options.model,
@@ -224,6 +233,7 @@ def compose_and_launch() -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing and exiting with 1
     ConfigStore.instance().store("options", LaunchOptions)
     OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
+    OmegaConf.register_new_resolver("sweep_dir", sweep_dir, replace=True)
     entry = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(
         lambda config: exit_on_error("hydra_main.py", lambda: launch(config))
     )
@@ -244,7 +254,10 @@ def in_one_line(error: Exception) -> str:
     unknown = re.search(r"Could not override '([\w.]+)'|Key '(\w+)' (?:is )?not in", f"{first} {cause}")
     if unknown is None:
         return f"{first} ({cause})" if cause else first
-    return unknown_option((unknown[1] or unknown[2]).rpartition(".")[2])
+    name = unknown[1] or unknown[2]
+    if name in ("slurm", "recipe") or name.startswith(("slurm.extra.", "model_kwargs.")):
+        return f"write a plus before {name}: +{name}=..."
+    return unknown_option(name.rpartition(".")[2])
 
 
 def unknown_option(name: str) -> str:

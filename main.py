@@ -12,6 +12,7 @@ import timm
 import torch
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -90,6 +91,7 @@ def train(options: Options, processes: Processes, device: torch.device) -> dict[
         model.compile(dynamic=False)  # training and evaluation have few, fixed shapes
 
     optimizer = build_optimizer(model, options, data.total_batch)
+    scheduler = build_scheduler(optimizer, options)
     precision = precision_of(options, device)
     stepper = Stepper(
         distribute(model, processes, options, precision),
@@ -128,7 +130,7 @@ def train(options: Options, processes: Processes, device: torch.device) -> dict[
         describe(options, data, model, device, processes)
     watcher = build_watcher(options, data, model, processes)
     state.history.start()
-    train_epochs(options, processes, folder, data, stepper, state, watcher)
+    train_epochs(options, processes, folder, data, stepper, scheduler, state, watcher)
     state.history.close()
     if processes.is_main:
         summarise(state, folder)
@@ -141,12 +143,12 @@ def train_epochs(
     folder: Path,
     data: Data,
     stepper: Stepper,
+    scheduler: Scheduler,
     state: TrainingState,
     watcher: "Watcher | None" = None,
 ) -> None:
     """The loop: from the place where `state` stands to the last epoch. Stopped if a signal ended it early."""
     meter, optimizer, saved_at = state.meter, state.optimizer, time.monotonic()
-    scheduler = build_scheduler(optimizer, options)
     progress = Progress(
         options.epochs, data.updates, data.total_batch, options.print_freq, stepper.precision.device, processes.is_main
     )

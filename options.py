@@ -100,7 +100,7 @@ class OptimizerOptions:
     opt: str = option("adamw", "any optimizer of timm")
     opt_eps: float | None = option(1e-8, "epsilon")
     opt_betas: list[float] | None = option(None, "betas; null: the optimizer's own")
-    clip_grad: float | None = option(None, "clip the gradient's norm; null: off")
+    clip_grad: float | None = option(None, "clip the gradient's norm; null: off", at_least=0)
     momentum: float = option(0.9, "momentum of SGD")
     weight_decay: float = option(0.05, "weight decay; not applied to 1-D tensors and position tables", at_least=0)
     layer_decay: float | None = option(None, "multiply the rate by this per layer from the head down; null: off")
@@ -111,12 +111,14 @@ class ScheduleOptions:
     """Schedule"""
 
     sched: str = option("cosine", "any schedule of timm")
-    lr: float = option(5e-4, "learning rate for 512 images in total; scaled linearly to the actual total batch size")
+    lr: float = option(
+        5e-4, "learning rate for 512 images in total; scaled linearly to the actual total batch size", at_least=0
+    )
     lr_noise: list[float] | None = option(None, "noise on the rate: from, to (fractions of the epochs)")
     lr_noise_pct: float = option(0.67, "bound of the noise as a fraction of the rate")
     lr_noise_std: float = option(1.0, "standard deviation of the noise")
-    warmup_lr: float = option(1e-6, "rate at the start of the warm-up (not scaled)")
-    min_lr: float = option(1e-5, "lowest rate of cyclic schedules (not scaled)")
+    warmup_lr: float = option(1e-6, "rate at the start of the warm-up (not scaled)", at_least=0)
+    min_lr: float = option(1e-5, "lowest rate of cyclic schedules (not scaled)", at_least=0)
     decay_epochs: float = option(30.0, "epochs between decays of the step schedule")
     warmup_epochs: int = option(5, "epochs of linear warm-up", at_least=0)
     cooldown_epochs: int = option(10, "part of the schedule's definition; training ends after `epochs` all the same")
@@ -324,7 +326,7 @@ def check_ranges(options: Any, prefix: str) -> None:
         choices, at_least = spec.metadata["choices"], spec.metadata["at_least"]
         if choices and value not in choices:
             raise UsageError(f"{prefix}{spec.name} must be one of {', '.join(choices)}, not {value!r}")
-        if at_least is not None and value is not None and value < at_least:
+        if at_least is not None and value is not None and not value >= at_least:  # not a number, either
             raise UsageError(f"{prefix}{spec.name} must be at least {at_least}, not {value}")
 
 

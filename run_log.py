@@ -4,11 +4,14 @@ The files come from one history, which checkpoints carry: a run that goes on fro
 epoch and no point appears twice. Pictures lie in the run's folder, attention/EPOCH/TAG.png, instead.
 """
 
+import contextlib
 import json
 import math
 import os
 import sys
 import time
+from collections.abc import Iterator
+from hashlib import sha1
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from tqdm import tqdm
 
 from checkpoint import BEST, LAST, TrainingState
 from datasets import Data
+from errors import UsageError
 from options import RECIPES, Options, to_plain
 from utils import Processes, count_parameters, format_seconds, peak_memory
 
@@ -28,6 +32,16 @@ POINTS_PER_EPOCH = 1000
 """TensorBoard's step for an epoch of training scalars, so that curves of different batch sizes line up."""
 
 SECONDS_BETWEEN_DRAWINGS = 60.0
+
+
+@contextlib.contextmanager
+def _writing() -> Iterator[None]:
+    """Within the block, a file that cannot be written is the user's to know of, in one line."""
+    try:
+        yield
+    except OSError as error:
+        place = error.filename or "the run's log"
+        raise UsageError(f"cannot write {place}: {error.strerror}; choose another --output_dir or --log_dir") from error
 
 
 class RunLog:
@@ -49,15 +63,19 @@ class RunLog:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epochs, self.points = list(state["epochs"]), [tuple(point) for point in state["points"]]
 
+    @_writing()
     def start(self) -> None:
         """Open the files and write the records so far."""
         if self.folder is None:
             return
         from torch.utils.tensorboard import SummaryWriter
 
-        for old in self.tensorboard_folder.glob("events.out.tfevents.*"):
+        # In a --log_dir that several runs share, each replaces only its own events.
+        suffix = "." + sha1(str(self.folder.resolve()).encode()).hexdigest()[:8]
+        own = "" if self.tensorboard_folder.parent == self.folder else suffix
+        for old in self.tensorboard_folder.glob(f"events.out.tfevents.*{own}"):
             old.unlink()
-        self._writer = SummaryWriter(str(self.tensorboard_folder))
+        self._writer = SummaryWriter(str(self.tensorboard_folder), filename_suffix=suffix)
         for tag, value, step in self.points:
             self._writer.add_scalar(tag, value, step)
         for record in self.epochs:
@@ -68,6 +86,7 @@ class RunLog:
         """Loss and learning rate at a (fractional) epoch."""
         self._add({"loss": loss, "lr": lr}, round(epoch * POINTS_PER_EPOCH))
 
+    @_writing()
     def attention(self, scalars: dict[str, float], pictures: dict[str, Image.Image], epoch: int) -> None:
         """What the attention did in an epoch: values and pictures by their TensorBoard tags."""
         self._add(scalars, epoch)
@@ -88,6 +107,7 @@ class RunLog:
             tag = path.relative_to(folder).with_suffix("").as_posix()
             self._writer.add_image(tag, np.asarray(Image.open(path)), epoch, dataformats="HWC")
 
+    @_writing()
     def end_epoch(self, record: dict[str, Any]) -> None:
         """Take a finished epoch into the records: its number, learning rate, and train_* and test_* values."""
         self.epochs.append(record)
@@ -99,6 +119,7 @@ class RunLog:
             if time.monotonic() - self._drawn_at > SECONDS_BETWEEN_DRAWINGS:
                 self.draw_curves()
 
+    @_writing()
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
@@ -200,6 +221,7 @@ class Progress:
         return format_seconds((now - then) / (done - first) * (self.epochs * self.updates - done))
 
 
+@_writing()
 def write_options(options: Options, folder: Path) -> None:
     """options.yaml: every option of the run."""
     (folder / "options.yaml").write_text(yaml.safe_dump(to_plain(options), sort_keys=False))

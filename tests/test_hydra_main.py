@@ -9,7 +9,7 @@ import timm
 import yaml
 from support import ROOT, SMALL_RUN, command, save_as_authors, scrambled
 
-from hydra_main import LONGEST_NAME, run_dir, run_name
+from hydra_main import LONGEST_NAME, run_dir, run_name, sweep_dir
 from options import SlurmOptions
 
 PUBLISHED = [
@@ -28,6 +28,10 @@ def test_runs_are_named_by_what_was_given():
 def test_where_weights_come_from_is_not_part_of_the_name():
     places = ["release_dir=/weights", "release_mirror=https://mirror", "release_hub=lab/weights"]
     assert run_name([*places, "load_release=true"]) == "load_release.true"
+
+
+def test_runs_of_a_sweep_have_folders_of_their_own_in_the_one_given():
+    assert sweep_dir("mine", ["lr=1e-4", "output_dir=mine"], "now") == "mine/lr.1e-4/now"
 
 
 def test_an_output_folder_that_is_given_is_used():
@@ -92,6 +96,8 @@ def test_released_weights_are_evaluated(shared_images, tmp_path):
     [
         (["epochz=3"], ["unknown option epochz", "epochs"]),
         (["+foo=3"], ["unknown option foo"]),
+        (["slurm=local"], ["+slurm="]),
+        (["+slurm=local", "slurm.extra.foo=3"], ["+slurm.extra.foo="]),
         (["epochs=many"], ["epochs=many"]),
         (["+slurm=nowhere"], ["no slurm 'nowhere'", "example, local"]),
         (["+slurm=local", "slurm.ngpus=0"], ["slurm.ngpus must be at least 1"]),

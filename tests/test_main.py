@@ -398,3 +398,40 @@ def test_another_order_of_images_midway_an_epoch_is_refused(small_options, monke
         main.run(small_options("--seed", "1"))
     with pytest.raises(UsageError, match=r"total batch was 8, is 16"):
         main.run(small_options("--batch_size", "16"))
+
+
+def test_a_mistake_that_comes_out_late_overwrites_nothing(run_small, shared_images):
+    folder = run_small("--epochs", "1")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    done = command(*small_command(shared_images, folder, "--sched", "nope"))
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_runs_may_share_a_tensorboard_folder(run_small, small_options, tmp_path):
+    shared = tmp_path / "events"
+    run_small("--epochs", "1", "--log_dir", str(shared))
+    (first,) = shared.iterdir()
+    for _ in range(2):
+        main.run(small_options("--epochs", "1", "--log_dir", str(shared), "--output_dir", str(tmp_path / "other")))
+    assert first in shared.iterdir()
+    assert len(list(shared.iterdir())) == 2
+
+
+def test_a_tensorboard_folder_that_cannot_be_made_is_named(small_options, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match=f"cannot write {tmp_path}/file: File exists; choose another --output_dir or"):
+        main.run(small_options("--log_dir", str(tmp_path / "file")))
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"), [(["--opt", "sgd"], "trained with --opt adamw"), (["--data_path"], "trained on other classes")]
+)
+def test_a_run_goes_on_only_as_what_it_was(run_small, image_folder, argv, words):
+    run_small("--epochs", "1")
+    if argv == ["--data_path"]:
+        for split in ("train", "val"):
+            (image_folder / split / "cat").rename(image_folder / split / "ape")
+        argv = ["--data_path", str(image_folder)]
+    with pytest.raises(UsageError, match=words):
+        run_small("--epochs", "2", *argv)
