@@ -23,8 +23,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from models import MODEL_NAMES
 from utils import count_parameters
 
+from .measure import markdown_table, replace_between
+
 BEGIN = "<!-- model table: python -m benchmarks.model_table -->"
 END = "<!-- end of model table -->"
+HEADER = (
+    *("model", "input", "params (M)", "MACs (G)"),
+    *("published params (M)", "published MACs (G)", "published top-1 (%)"),
+)
 
 
 class Published(NamedTuple):
@@ -48,10 +54,11 @@ PUBLISHED = {
 
 
 @torch.no_grad()
-def count_macs(model: nn.Module) -> int:
-    """Multiply-accumulates of one image at native size. On the meta device this takes no memory."""
+def count_macs(model: nn.Module, input_size: int | None = None) -> int:
+    """Multiply-accumulates of one image at native size, or of a square one. On the meta device this takes no memory."""
     device = next(model.parameters()).device
-    image = torch.empty(1, *model.default_cfg["input_size"], device=device)
+    shape = model.default_cfg["input_size"] if input_size is None else (3, input_size, input_size)
+    image = torch.empty(1, *shape, device=device)
     # Fused attention is one operation that torch counts on some devices only; unfused, it is two matrix products.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.eval()(image)
@@ -60,18 +67,7 @@ def count_macs(model: nn.Module) -> int:
 
 def model_table() -> str:
     """A Markdown table with one row per variant, counted here beside as published."""
-    rows = [
-        (
-            "model",
-            "input",
-            "params (M)",
-            "MACs (G)",
-            "published params (M)",
-            "published MACs (G)",
-            "published top-1 (%)",
-        ),
-        ("---", *["---:"] * 6),
-    ]
+    rows = []
     for name in MODEL_NAMES:
         with torch.device("meta"):
             model = timm.create_model(name)
@@ -79,18 +75,11 @@ def model_table() -> str:
         params, macs = f"{count_parameters(model) / 1e6:.3f}", f"{count_macs(model) / 1e9:.3f}"
         published = ("-" if figure is None else f"{figure:g}" for figure in PUBLISHED.get(name, Published()))
         rows.append((name, f"{height} x {width}", params, macs, *published))
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-
-def write_table(path: Path) -> None:
-    """Replace what stands between the table's two marks in a Markdown file."""
-    before, begin, rest = path.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
-    path.write_text(f"{before}{begin}\n{model_table()}\n{end}{after}")
+    return markdown_table(HEADER, rows)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--write"]:
-        write_table(Path(sys.argv[2]))
+        replace_between(Path(sys.argv[2]), BEGIN, END, model_table())
     else:
         print(model_table())
