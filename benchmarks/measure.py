@@ -23,8 +23,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
     """The machine, its software and today's date, as JSON takes it."""
-    versions = {}
-    for package in ("torch", "timm", "triton"):
+    versions: dict[str, str | None] = {"torch": torch.__version__}
+    for package in ("timm", "triton"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:

@@ -1,14 +1,23 @@
-"""Results of `benchmarks.speed` in Markdown, with the targets beside what was measured."""
+"""Results of `benchmarks.speed` in Markdown, with the targets beside what was measured.
 
+python -m benchmarks.report --write README.md    puts the committed results between the marks of README.md
+"""
+
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from .measure import machine_line, markdown_table
+from errors import exit_on_error
+
+from .measure import machine_line, markdown_table, read_result, replace_between
 
 OURS, PEER = "debiformer_tiny", "swin_tiny_patch4_window7_224"
 Result = Mapping[str, Any]
 
+BEGIN = "<!-- speed: python -m benchmarks.report -->"
+END = "<!-- end of speed -->"
 TITLES = {
     "speed": "Throughput and memory",
     "accuracy": "Throughput of all sizes beside published accuracy",
@@ -180,3 +189,44 @@ def target_table(result: Result) -> str:
         measured = "not measured" if value is None else f"{value:.2f}{target.unit}"
         rows.append((target.what, f"{sign} {bar:g}{target.unit}", measured, reached))
     return markdown_table(("", "target", "measured", "reached"), rows)
+
+
+# -- README -------------------------------------------------------------------------------------------------------
+
+KINDS = {"cpu": "CPU", "cuda": "GPU"}
+
+
+def summary(results: Mapping[str, Result | None]) -> str:
+    """Throughput and training memory of every model, by kind of machine; a kind without a result says so."""
+    names = list(dict.fromkeys(row["model"] for result in results.values() if result for row in result["rows"]))
+    if not names:
+        return "Not measured yet."
+    rows, machines = [], []
+    for device, kind in KINDS.items():
+        if (result := results.get(device)) is None:
+            rows.append((f"{kind}, images/s", *["not measured yet"] * len(names)))
+            continue
+        first = result["rows"][0]
+        setting = f"{first['input_size']} pixels, batch {first['batch_size']}, {first['dtype']}"
+        machines.append(f"{kind}: {setting}; {machine_line(result['machine'])}.")
+        for task, mode in dict.fromkeys((row["task"], row["mode"]) for row in result["rows"]):
+            found = [find(result, name, task, mode) for name in names]
+            speeds = (f"{row['images_per_second']:.1f}" if row else "-" for row in found)
+            rows.append((f"{kind}, {task}, {mode}, images/s", *speeds))
+            if task == "training" and any(row and row["peak_memory"] for row in found):
+                peaks = (_megabytes(row and row["peak_memory"]) for row in found)
+                rows.append((f"{kind}, {task}, {mode}, peak memory (MB)", *peaks))
+    return "\n\n".join([markdown_table(("", *names), rows), *machines])
+
+
+def main() -> None:
+    """The command line."""
+    text = summary({device: read_result("speed", device) for device in KINDS})
+    if sys.argv[1:2] == ["--write"] and len(sys.argv) == 3:
+        replace_between(Path(sys.argv[2]), BEGIN, END, text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    exit_on_error("benchmarks.report", main)

@@ -4,9 +4,10 @@ import json
 
 import pytest
 import timm
-from support import command
+from support import ROOT, command
 
 from benchmarks import report, speed
+from benchmarks.measure import read_result
 from benchmarks.plots import TOP1
 from errors import UsageError
 
@@ -100,6 +101,12 @@ def test_a_backend_that_cannot_run_says_why():
     assert ended.returncode == 2
     assert "'triton' cannot run" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_the_readme_shows_the_committed_results():
+    text = (ROOT / "README.md").read_text().partition(report.BEGIN)[2].partition(report.END)[0]
+    assert text.strip() == report.summary({device: read_result("speed", device) for device in report.KINDS})
+    assert "not measured yet" in text or read_result("speed", "cuda")
 
 
 # -- targets ------------------------------------------------------------------------------------------------------
