@@ -16,13 +16,14 @@ from pathlib import Path
 
 import timm
 
-from benchmarks.markdown import replace_between, table
 from errors import OneLineParser, UsageError, exit_on_error
 from main import run
 from models.release_sources import sha256_of
 from models.releases import RELEASES, Places, find_release, here
 from options import Options, parse_args
 from utils import find_processes
+
+from .markdown import replace_between, table
 
 BEGIN = "<!-- accuracy table: python -m benchmarks.accuracy_table -->"
 END = "<!-- end of accuracy table -->"

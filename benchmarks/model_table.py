@@ -20,11 +20,12 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.markdown import replace_between, table
 from errors import exit_on_error
 from models import MODEL_NAMES
 from models.releases import RELEASES
 from utils import count_parameters
+
+from .markdown import replace_between, table
 
 BEGIN = "<!-- model table: python -m benchmarks.model_table -->"
 END = "<!-- end of model table -->"
@@ -49,10 +50,11 @@ PUBLISHED = {
 
 
 @torch.no_grad()
-def count_macs(model: nn.Module) -> int:
-    """Multiply-accumulates of one image at native size. On the meta device this takes no memory."""
+def count_macs(model: nn.Module, input_size: int | None = None) -> int:
+    """Multiply-accumulates of one image at native size, or of a square one. On the meta device this takes no memory."""
     device = next(model.parameters()).device
-    image = torch.empty(1, *model.default_cfg["input_size"], device=device)
+    shape = model.default_cfg["input_size"] if input_size is None else (3, input_size, input_size)
+    image = torch.empty(1, *shape, device=device)
     # Fused attention is one operation that torch counts on some devices only; unfused, it is two matrix products.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.eval()(image)

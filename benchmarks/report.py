@@ -1,0 +1,233 @@
+"""Results of `benchmarks.speed` in Markdown, with the targets beside what was measured.
+
+python -m benchmarks.report --write README.md    puts the committed results between the marks of README.md
+"""
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from errors import exit_on_error
+
+from .markdown import replace_between, table
+from .measure import machine_line, read_result
+
+OURS, PEER = "debiformer_tiny", "swin_tiny_patch4_window7_224"
+Result = Mapping[str, Any]
+
+BEGIN = "<!-- speed: python -m benchmarks.report -->"
+END = "<!-- end of speed -->"
+TITLES = {
+    "speed": "Throughput and memory",
+    "accuracy": "Throughput of all sizes beside published accuracy",
+    "resolution": "Time and memory against resolution",
+    "topk": "Time and memory against the number of routed windows",
+}
+
+
+def progress(row: Result) -> str:
+    """One line about a case that was measured."""
+    return (
+        f"{label(row)}, {row['task']}, {row['mode']}, {row['input_size']} px: {row['images_per_second']:.2f} images/s"
+    )
+
+
+def label(row: Result) -> str:
+    """Model, number of routed windows and backend of a row."""
+    topk = row["model_kwargs"].get("agent_topk")
+    name = f"{row['model']} k={topk[0]}" if topk else row["model"]
+    return f"{name} ({row['backend']})" if row["backend"] else name
+
+
+def speed_report(name: str, result: Result) -> str:
+    """The whole page: machine, rows, floors, targets."""
+    parts = [
+        f"# {TITLES[name]}",
+        machine_line(result["machine"]) + ".",
+        f"Measured in the same run: copies {result['copy_bandwidth'] / 1e9:.1f} GB/s, "
+        f"matrix products {result['matrix_rate'] / 1e12:.3f} TFLOP/s.",
+        speed_table(result),
+    ]
+    if result["floors"]:
+        parts += ["Convolutions and linear layers of one inference step, timed one by one:", floor_table(result)]
+    if name == "speed":
+        parts += ["Targets:", target_table(result)]
+    return "\n\n".join(parts)
+
+
+def speed_table(result: Result) -> str:
+    """One row per case."""
+    header = ("model", "task", "mode", "dtype", "batch", "pixels", "images/s", "ms", "MFU (%)", "peak memory (MB)")
+    rows = []
+    for row in result["rows"]:
+        rows.append(
+            (
+                *(label(row), row["task"], row["mode"], row["dtype"]),
+                *(f"{row['batch_size']}", f"{row['input_size']}", f"{row['images_per_second']:.2f}"),
+                f"{1e3 * row['batch_size'] / row['images_per_second']:.0f}",
+                f"{100 * row['mfu']:.0f}",
+                _megabytes(row["peak_memory"]),
+            )
+        )
+    return table(header, rows, text_columns=4)
+
+
+def floor_table(result: Result) -> str:
+    """Per model the two floors, and what share of each its inference reaches."""
+    header = ("model", "mode", "layers as run (ms)", "share (%)", "1x1 layers by F.linear (ms)", "share (%)")
+    rows = []
+    for row in result["rows"]:
+        if row["task"] == "inference" and row["model"] in result["floors"]:
+            floor, seconds = result["floors"][row["model"]], row["batch_size"] / row["images_per_second"]
+            cells = ((f"{1e3 * floor[k]:.0f}", f"{100 * floor[k] / seconds:.0f}") for k in ("as_run", "as_linear"))
+            rows.append((label(row), row["mode"], *(cell for pair in cells for cell in pair)))
+    return table(header, rows, text_columns=2)
+
+
+def _megabytes(count: int | None) -> str:
+    return "-" if count is None else f"{count / 2**20:.0f}"
+
+
+# -- targets ------------------------------------------------------------------------------------------------------
+
+
+def find(result: Result, model: str, task: str, mode: str, backend: str | None = None) -> Result | None:
+    """The first row of that kind; of any backend where none is named."""
+    wanted = {"model": model, "task": task, "mode": mode} | ({"backend": backend} if backend else {})
+    return next((row for row in result["rows"] if wanted.items() <= row.items()), None)
+
+
+def quotient(over: Result | None, under: Result | None, field: str) -> float | None:
+    """over[field] / under[field], None if either was not measured."""
+    values = [row and row[field] for row in (over, under)]
+    return None if None in values else values[0] / values[1]
+
+
+def against_peer(task: str, mode: str, field: str = "images_per_second") -> Callable[[Result], float | None]:
+    return lambda result: quotient(find(result, OURS, task, mode), find(result, PEER, task, mode), field)
+
+
+def triton_gain(task: str) -> Callable[[Result], float | None]:
+    def gain(result: Result) -> float | None:
+        fast, plain = (find(result, OURS, task, "eager", backend) for backend in ("triton", "reference"))
+        return quotient(fast, plain, "images_per_second")
+
+    return gain
+
+
+def floor_share(mode: str) -> Callable[[Result], float | None]:
+    """The share of the floor with 1x1 layers by F.linear."""
+
+    def share(result: Result) -> float | None:
+        row, floor = find(result, OURS, "inference", mode), result["floors"].get(OURS)
+        return floor["as_linear"] * row["images_per_second"] / row["batch_size"] if row and floor else None
+
+    return share
+
+
+def gigabytes(name: str) -> Callable[[Result], float | None]:
+    def size(result: Result) -> float | None:
+        count = result["large_maps"].get(name)
+        return None if count is None else count / 1e9
+
+    return size
+
+
+@dataclass(frozen=True)
+class Target:
+    """bars: by device type, the value to reach, or with `at_most` not to pass; devices without one are not judged."""
+
+    what: str
+    measured: Callable[[Result], float | None]
+    bars: dict[str, float]
+    at_most: bool = False
+    unit: str = ""
+
+
+TARGETS = (
+    Target(f"{OURS} ÷ swin_tiny, inference, eager", against_peer("inference", "eager"), {"cpu": 1.5, "cuda": 1.3}),
+    Target("the same, both compiled", against_peer("inference", "compiled"), {"cpu": 1.5, "cuda": 1.3}),
+    Target("share of the layers' floor (1x1 by F.linear), eager", floor_share("eager"), {"cpu": 0.6}),
+    Target("the same, compiled", floor_share("compiled"), {"cpu": 0.7}),
+    Target(f"{OURS} ÷ swin_tiny, training, eager", against_peer("training", "eager"), {"cpu": 1.2, "cuda": 1.0}),
+    Target(
+        "peak training memory ÷ swin_tiny's",
+        against_peer("training", "eager", "peak_memory"),
+        {"cpu": 1.0, "cuda": 1.0},
+        at_most=True,
+    ),
+    Target("triton ÷ reference, inference", triton_gain("inference"), {"cuda": 3.0}),
+    Target("triton ÷ reference, training", triton_gain("training"), {"cuda": 3.0}),
+    Target(
+        "BRA layer, 1x32x600x500, k = 4, n_win = 7, forward + backward, peak above inputs",
+        gigabytes("bra_layer"),
+        {"cpu": 1.0, "cuda": 0.5},
+        at_most=True,
+        unit=" GB",
+    ),
+    Target(
+        "debiformer_small dense, 800x1344, inference, peak",
+        gigabytes("dense"),
+        {"cpu": 3.0, "cuda": 2.0},
+        at_most=True,
+        unit=" GB",
+    ),
+)
+
+
+def target_table(result: Result) -> str:
+    """The targets of the machine's kind, what was measured, and whether that reaches them."""
+    device = result["machine"]["device"]
+    rows = []
+    for target in TARGETS:
+        if (bar := target.bars.get(device)) is None:
+            continue
+        value = target.measured(result)
+        sign = "≤" if target.at_most else "≥"
+        reached = "" if value is None else "yes" if (value <= bar if target.at_most else value >= bar) else "**no**"
+        measured = "not measured" if value is None else f"{value:.2f}{target.unit}"
+        rows.append((target.what, f"{sign} {bar:g}{target.unit}", measured, reached))
+    return table(("", "target", "measured", "reached"), rows)
+
+
+# -- README -------------------------------------------------------------------------------------------------------
+
+KINDS = {"cpu": "CPU", "cuda": "GPU"}
+
+
+def summary(results: Mapping[str, Result | None]) -> str:
+    """Throughput and training memory of every model, by kind of machine; a kind without a result says so."""
+    names = list(dict.fromkeys(row["model"] for result in results.values() if result for row in result["rows"]))
+    if not names:
+        return "Not measured yet."
+    rows, machines = [], []
+    for device, kind in KINDS.items():
+        if (result := results.get(device)) is None:
+            rows.append((f"{kind}, images/s", *["not measured yet"] * len(names)))
+            continue
+        first = result["rows"][0]
+        setting = f"{first['input_size']} pixels, batch {first['batch_size']}, {first['dtype']}"
+        machines.append(f"{kind}: {setting}; {machine_line(result['machine'])}.")
+        for task, mode in dict.fromkeys((row["task"], row["mode"]) for row in result["rows"]):
+            found = [find(result, name, task, mode) for name in names]
+            speeds = (f"{row['images_per_second']:.1f}" if row else "-" for row in found)
+            rows.append((f"{kind}, {task}, {mode}, images/s", *speeds))
+            if task == "training" and any(row and row["peak_memory"] for row in found):
+                peaks = (_megabytes(row and row["peak_memory"]) for row in found)
+                rows.append((f"{kind}, {task}, {mode}, peak memory (MB)", *peaks))
+    return "\n\n".join([table(("", *names), rows), *machines])
+
+
+def main() -> None:
+    """The command line."""
+    text = summary({device: read_result("speed", device) for device in KINDS})
+    if sys.argv[1:2] == ["--write"] and len(sys.argv) == 3:
+        replace_between(Path(sys.argv[2]), BEGIN, END, text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    exit_on_error("benchmarks.report", main)

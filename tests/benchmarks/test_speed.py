@@ -1,0 +1,163 @@
+"""`python -m benchmarks.speed` from end to end, on a small model."""
+
+import json
+
+import pytest
+import timm
+from support import ROOT, command
+
+from benchmarks import report, speed
+from benchmarks.measure import read_result
+from benchmarks.plots import TOP1
+from errors import UsageError
+
+NANO = (*("--models", "debiformer_nano"), *("--batch_size", "2", "--repeats", "1", "--threads", "1", "--device", "cpu"))
+
+
+@pytest.fixture
+def run(tmp_path, capsys):
+    """Runs the command with --write; returns what it printed and the folder."""
+
+    def run(*argv):
+        speed.main([*NANO, *argv, "--write", "--results", str(tmp_path), "--images", str(tmp_path)])
+        return capsys.readouterr().out, tmp_path
+
+    return run
+
+
+def test_everything_is_measured_and_written(run):
+    out, folder = run("--modes", "eager", "fused", "--backends", "torch", "reference", "--input_size", "64")
+    result = json.loads((folder / "speed-cpu.json").read_text())
+    steps = [(row["task"], row["mode"], row["backend"]) for row in result["rows"]]
+    assert steps == [
+        (task, mode, backend)
+        for task, mode in (("inference", "eager"), ("inference", "fused"), ("training", "eager"))
+        for backend in ("torch", "reference")
+    ]
+    for row in result["rows"]:
+        assert row["peak_memory"] > 0
+        (seconds,) = row["seconds"]
+        assert row["images_per_second"] == pytest.approx(2 / seconds)
+        assert row["mfu"] == pytest.approx(row["flops"] / seconds / result["matrix_rate"])
+    assert set(result["large_maps"]) == {"bra_layer", "dense"}
+    assert set(result["floors"]) == {"debiformer_nano"}
+    page = (folder / "speed-cpu.md").read_text()
+    assert page in out + "\n"
+    for row in result["rows"]:
+        assert f"| {report.label(row)} | {row['task']} | {row['mode']} |" in page
+
+
+def test_time_and_memory_against_resolution(run):
+    _, folder = run("--sweep", "resolution", "--input_size", "64", "96", "--tasks", "inference")
+    rows = json.loads((folder / "resolution-cpu.json").read_text())["rows"]
+    assert [row["input_size"] for row in rows] == [64, 96]
+    assert rows[1]["flops"] > 2 * rows[0]["flops"]
+    assert (folder / "resolution-cpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_time_and_memory_against_routed_windows(run):
+    _, folder = run("--sweep", "topk", "--topk", "1", "4", "--tasks", "inference", "--input_size", "64", "--no_memory")
+    rows = json.loads((folder / "topk-cpu.json").read_text())["rows"]
+    assert [(row["model_kwargs"]["agent_topk"], row["backend"]) for row in rows] == [
+        ([k, k, k, 4], backend) for k in (1, 4) for backend in ("torch", "reference")
+    ]
+    assert rows[-1]["flops"] > rows[0]["flops"]
+    assert (folder / "topk-cpu.png").exists()
+
+
+def test_the_plot_of_accuracy_knows_every_model_of_its_sweep():
+    assert set(speed.SIZE_MATES) <= set(TOP1)
+    assert all(timm.is_model(name) for name in speed.SIZE_MATES)
+
+
+@pytest.mark.slow
+def test_compiled_steps_run(run):
+    _, folder = run("--modes", "compiled", "--input_size", "64", "--no_memory", "--no_floor")
+    rows = json.loads((folder / "speed-cpu.json").read_text())["rows"]
+    assert [(row["task"], row["mode"]) for row in rows] == [("inference", "compiled"), ("training", "compiled")]
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["--models", "debiformer_tyny"], "did you mean debiformer_tiny"),
+        (["--batch_size", "0"], "--batch_size must be at least 1"),
+        (["--repeats", "-1"], "--repeats must be at least 1"),
+        (["--threads", "0"], "--threads must be at least 1"),
+        (["--input_size", "8"], "--input_size must be at least 32"),
+        (["--device", "abacus"], "not a device"),
+        (["--sweep", "topk", "--topk", "5"], "has 4 windows"),
+        (["--sweep", "topk", "--models", "convnext_tiny"], "is no DeBiFormer"),
+        (["--sweep", "topk", "--models", "debiformer_nano", "debiformer_tiny"], "takes one model"),
+    ],
+)
+def test_mistakes_are_named(argv, complaint):
+    with pytest.raises(UsageError, match=complaint):
+        speed.main([*NANO, *argv])
+
+
+def test_a_backend_that_cannot_run_says_why():
+    ended = command("-m", "benchmarks.speed", *NANO, "--backends", "triton", TRITON_INTERPRET="0")
+    assert ended.returncode == 2
+    assert "'triton' cannot run" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_the_readme_shows_the_committed_results():
+    text = (ROOT / "README.md").read_text().partition(report.BEGIN)[2].partition(report.END)[0]
+    assert text.strip() == report.summary({device: read_result("speed", device) for device in report.KINDS})
+    assert "not measured yet" in text or read_result("speed", "cuda")
+
+
+# -- targets ------------------------------------------------------------------------------------------------------
+
+
+def row(model, task, mode, speed, memory=None, backend=None):
+    return {
+        **{"model": model, "task": task, "mode": mode, "backend": backend, "batch_size": 8},
+        **{"images_per_second": speed, "peak_memory": memory},
+    }
+
+
+def targets(**changes):
+    result = {
+        "machine": {"device": "cpu"},
+        "rows": [
+            row(report.OURS, "inference", "eager", 30.0, backend="torch"),
+            row(report.PEER, "inference", "eager", 20.0),
+            row(report.OURS, "training", "eager", 11.0, 500, backend="torch"),
+            row(report.PEER, "training", "eager", 10.0, 1000),
+        ],
+        "floors": {report.OURS: {"as_run": 0.1, "as_linear": 0.2}},
+        "large_maps": {"bra_layer": 2 * 10**9},
+        **changes,
+    }
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.target_table(result).splitlines()[2:]]
+    return {what: cells for what, *cells in rows}
+
+
+def test_targets_are_judged_by_what_was_measured():
+    cells = targets()
+    assert cells["debiformer_tiny ÷ swin_tiny, inference, eager"] == ["≥ 1.5", "1.50", "yes"]
+    assert cells["debiformer_tiny ÷ swin_tiny, training, eager"] == ["≥ 1.2", "1.10", "**no**"]
+    assert cells["peak training memory ÷ swin_tiny's"] == ["≤ 1", "0.50", "yes"]
+    # 8 images take 8/30 s, the layers alone 0.2 s.
+    assert cells["share of the layers' floor (1x1 by F.linear), eager"] == ["≥ 0.6", "0.75", "yes"]
+    bra = next(cells for what, cells in targets().items() if what.startswith("BRA layer"))
+    assert bra == ["≤ 1 GB", "2.00 GB", "**no**"]
+
+
+def test_what_was_not_measured_is_not_judged():
+    assert targets()["the same, both compiled"] == ["≥ 1.5", "not measured", ""]
+    assert {cells[1] for cells in targets(rows=[], large_maps={}).values()} == {"not measured"}
+
+
+def test_each_kind_of_machine_has_its_targets():
+    rows = [
+        row(report.OURS, "inference", "eager", speed, backend=name)
+        for name, speed in (("reference", 10), ("triton", 35))
+    ]
+    cells = targets(machine={"device": "cuda"}, rows=rows)
+    assert cells["triton ÷ reference, inference"] == ["≥ 3", "3.50", "yes"]
+    assert not any("floor" in what for what in cells)
+    assert not any("triton" in what for what in targets())

@@ -1,0 +1,149 @@
+"""What is timed is what is said to be timed."""
+
+import os
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from benchmarks.memory import peak_memory
+from benchmarks.model_table import count_macs
+from benchmarks.workloads import (
+    Case,
+    _OnBackend,
+    as_linear,
+    backend_environment,
+    build_step,
+    create,
+    forward_flops,
+    is_ours,
+    layer_floor,
+    step_flops,
+)
+from models import MODEL_NAMES
+from models.layers import DepthwiseConv, MapLinear, PointwiseConv
+from ops.backend import ENVIRONMENT
+
+CPU = torch.device("cpu")
+NANO = Case("debiformer_nano", 2, input_size=64)
+
+
+@pytest.mark.parametrize("task", ["inference", "training"])
+@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_steps_run(task, backend, dtype):
+    step = build_step(Case("debiformer_nano", 2, task, backend, dtype, input_size=64), CPU)
+    step()
+    step()
+
+
+def test_a_fused_model_is_timed_fused(monkeypatch):
+    fused = []
+    monkeypatch.setattr("models.fuse", lambda model: fused.append(model) or model)
+    build_step(NANO, CPU)()
+    assert fused == []
+    build_step(Case("debiformer_nano", 2, input_size=64, mode="fused"), CPU)()
+    assert len(fused) == 1
+
+
+def test_training_changes_the_weights(monkeypatch):
+    model = timm.create_model("debiformer_nano")
+    monkeypatch.setattr("benchmarks.workloads.create", lambda case: model)
+    step = build_step(Case("debiformer_nano", 2, "training", input_size=64), CPU)
+    before = model.head.weight.detach().clone()
+    step()
+    assert not torch.equal(before, model.head.weight)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_peers_are_made_for_the_size_they_are_measured_at():
+    with torch.device("meta"):
+        swin = create(Case("swin_tiny_patch4_window7_224", 1, input_size=448))
+        assert swin(torch.empty(1, 3, 448, 448)).shape == (1, 1000)
+
+
+def test_steps_count_as_many_operations_as_they_do():
+    macs = count_macs(timm.create_model("debiformer_nano"))
+    assert forward_flops(NANO) == 2 * macs
+    assert step_flops(NANO) == 2 * 2 * macs
+    assert step_flops(Case("debiformer_nano", 2, "training", input_size=64)) == 3 * 2 * 2 * macs
+    larger = forward_flops(Case("convnext_tiny", 1, input_size=448))
+    assert larger == pytest.approx(4 * forward_flops(Case("convnext_tiny", 1)), rel=1e-3)
+
+
+def test_only_models_with_this_attention_have_backends():
+    assert [name for name in MODEL_NAMES if not is_ours(name)] == ["maxvit_stl"] * ("maxvit_stl" in MODEL_NAMES)
+    assert not is_ours("swin_tiny_patch4_window7_224")
+
+
+def test_the_environment_is_as_before(monkeypatch):
+    monkeypatch.setenv(ENVIRONMENT, "torch")
+    with backend_environment("reference"):
+        assert os.environ[ENVIRONMENT] == "reference"
+    assert os.environ[ENVIRONMENT] == "torch"
+    monkeypatch.delenv(ENVIRONMENT)
+    with backend_environment("reference"):
+        pass
+    assert ENVIRONMENT not in os.environ
+
+
+def test_every_backend_is_compiled_for_itself():
+    """Graphs hold the backend as a constant, so that of one must not run for another."""
+    graphs = []
+
+    def keep(graph, _inputs):
+        graphs.append({str(node.target) for node in graph.graph.nodes if "debiformer" in str(node.target)})
+        return graph
+
+    model = timm.create_model("debiformer_nano").eval()
+    torch.compiler.reset()
+    with torch.no_grad():
+        for backend in ("torch", "reference"):
+            with backend_environment(backend):
+                torch.compile(_OnBackend(model, backend), backend=keep, fullgraph=True)(torch.randn(1, 3, 64, 64))
+    fused, plain = graphs
+    assert fused
+    assert not plain
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (nn.Linear(4, 6), (2, 5, 4)),
+        (MapLinear(4, 6), (2, 3, 3, 4)),
+        (PointwiseConv(4, 6, bias=False), (2, 3, 3, 4)),
+        (nn.Conv2d(4, 6, 1), (2, 4, 3, 3)),
+    ],
+)
+def test_matrix_products_are_the_layers_they_replace(layer, shape):
+    x = torch.randn(shape)
+    product = as_linear(layer, x)()
+    if type(layer) is nn.Conv2d:
+        product = product.permute(0, 3, 1, 2)
+    torch.testing.assert_close(product, layer(x))
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 3), nn.Conv2d(4, 6, 1, stride=2), DepthwiseConv(4, 3)])
+def test_other_convolutions_are_no_matrix_products(layer):
+    assert as_linear(layer, torch.randn(2, 4, 5, 5)) is None
+
+
+def test_the_floor_times_every_layer_once(monkeypatch):
+    timed = []
+
+    def seconds(tasks, *_):
+        timed.append(set(tasks))
+        return {name: [1.0] for name in tasks}
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 1), nn.Flatten(), nn.LazyLinear(7))
+    model(torch.randn(1, 3, 8, 8))
+    monkeypatch.setattr("benchmarks.workloads.create", lambda case: model)
+    monkeypatch.setattr("benchmarks.workloads.interleaved_seconds", seconds)
+    assert layer_floor(Case("any", 1, input_size=8), CPU, repeats=1) == {"as_run": 3.0, "as_linear": 3.0}
+    assert timed == [{"as_run"}, {"as_run", "as_linear"}, {"as_run", "as_linear"}]
+
+
+def test_training_needs_more_memory_than_inference():
+    training = peak_memory(Case("debiformer_nano", 16, "training", input_size=64), CPU)
+    assert training > peak_memory(Case("debiformer_nano", 16, input_size=64), CPU) > 0
