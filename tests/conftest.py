@@ -4,11 +4,9 @@ import os
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
-from support import CLASSES, SMALL_RUN
+from support import CLASSES, SMALL_RUN, write_images
 
 import main
 from options import Options, parse_args
@@ -20,14 +18,6 @@ def pytest_configure():
     # Processes of torch that share cores wait actively for each other; one thread each is faster.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
-
-
-def write_images(folder: Path, count: int, shade: int, seed: int) -> None:
-    folder.mkdir(parents=True)
-    generator = np.random.default_rng(seed)
-    for number in range(count):
-        noise = generator.integers(0, 60, (40, 44, 3)) + shade
-        Image.fromarray(noise.astype(np.uint8)).save(folder / f"{number}.png")
 
 
 @pytest.fixture(scope="session")

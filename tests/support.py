@@ -7,8 +7,10 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from errors import UsageError
@@ -76,3 +78,12 @@ def save_as_authors(path: Path, model: nn.Module, ema: nn.Module | None = None, 
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, path, _use_new_zipfile_serialization=zipped)
     return path
+
+
+def write_images(folder: Path, count: int, shade: int, seed: int) -> None:
+    """PNG files 0.png, 1.png, ... of noise about a shade of grey, 44 x 40 pixels."""
+    folder.mkdir(parents=True)
+    generator = np.random.default_rng(seed)
+    for number in range(count):
+        noise = generator.integers(0, 60, (40, 44, 3)) + shade
+        Image.fromarray(noise.astype(np.uint8)).save(folder / f"{number}.png")

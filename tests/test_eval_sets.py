@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from conftest import write_images
-from support import CLASSES, SMALL_RUN, command
+from support import CLASSES, SMALL_RUN, command, write_images
 from timm.data import ImageNetInfo
 
 import main

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import models
-from errors import UsageError, exit_on_error
+from errors import OneLineParser, UsageError, exit_on_error
 
 from . import session
-from .__main__ import Parser
 from .report import UNTRAINED, UNTRAINED_HINT, Picture, figure_html
 from .session import Answer, Choice, Photo
 from .subject import DEFAULT_MODEL, load_subject
@@ -312,7 +311,7 @@ def local_theme() -> gr.themes.Base:
 def main(argv: Sequence[str] | None = None) -> None:
     """Serve the page until it is stopped."""
     about = "A page that shows what the attention does."
-    parser = Parser(prog="python -m visualize.app", allow_abbrev=False, description=about)
+    parser = OneLineParser(prog="python -m visualize.app", allow_abbrev=False, description=about)
     parser.add_argument("--model", help=f"to start with (default: the checkpoint's, or else {DEFAULT_MODEL})")
     parser.add_argument("--checkpoint", default="", metavar="FILE", help="to start with (default: none)")
     runs = "offer the best.pth of all runs in it (default: outputs)"

@@ -95,7 +95,10 @@ def test_plain_form(slurm_installed, short_root):
         assert sorted(cluster.call("srun", "--nodes=3", "printenv", "SLURMD_NODENAME").split()) == cluster.nodes
         job = cluster.submit("--output=/dev/null", "--wrap", "sleep 1000")
         cluster.wait_for_state(job, "RUNNING")
-        assert "slurmstepd" in cluster.processes().values()
+        deadline = time.monotonic() + 10
+        while "slurmstepd" not in cluster.processes().values():
+            assert time.monotonic() < deadline, cluster.processes()
+            time.sleep(0.05)
     assert cluster.processes() == {}
 
 
