@@ -11,13 +11,14 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
+from models.releases import RELEASES
+
 from .measure import machine_line
-from .model_table import PUBLISHED
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 
 TOP1 = {
-    **{name: published.top1 for name, published in PUBLISHED.items()},
+    **{name: release.top1 for name, release in RELEASES.items()},
     "swin_tiny_patch4_window7_224": 81.3,  # arXiv 2103.14030, table 1
     "swin_small_patch4_window7_224": 83.0,
     "swin_base_patch4_window7_224": 83.5,

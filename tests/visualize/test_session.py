@@ -13,7 +13,7 @@ from awkward_images import ACCEPTED, REFUSED, write_huge
 from support import command
 
 import models  # noqa: F401
-from errors import UsageError
+from errors import UsageError, exit_on_error
 from visualize import session
 from visualize.capture import capture, time_limit
 from visualize.report import UNTRAINED
@@ -249,6 +249,9 @@ def test_a_port_in_use_is_a_sentence(page):
         (["--p"], "unrecognized"),
     ],
 )
-def test_mistakes_at_the_start_are_sentences(argv, words):
-    with pytest.raises(UsageError, match=words):
-        main(argv)
+def test_mistakes_at_the_start_are_sentences(argv, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        exit_on_error("python -m visualize.app", lambda: main(argv))
+    assert end.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert words in line
