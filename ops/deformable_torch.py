@@ -148,5 +148,6 @@ def backward(
     def agents(x: Tensor) -> Tensor:
         return x.unflatten(0, (-1, num_heads)).transpose(1, 2).reshape(k.shape).to(k.dtype)
 
-    dpositions = dpositions.transpose(1, 2).reshape(positions.shape).to(positions.dtype)
+    # Contiguous, as the operator promises to compiled code.
+    dpositions = dpositions.transpose(1, 2).reshape(positions.shape).to(positions.dtype).contiguous()
     return dq, agents(dk), agents(dv), dtable.to(table.dtype), dpositions

@@ -177,7 +177,7 @@ def _backward_dense(
     workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(q.dtype, torch.float32)
-    dense, grads = _Dense(q, k, v, idx, key_mask, num_heads), [torch.empty_like(x) for x in (q, k, v)]
+    dense, grads = _Dense(q, k, v, idx, key_mask, num_heads), [x.new_empty(x.shape) for x in (q, k, v)]
     dout = dense.heads(grad)
     for images in dense.chunks(3 * num_heads + 1, dtype.itemsize, workspace):
         queries, keys, values, douts = (x[images].to(dtype) for x in (dense.q, dense.k, dense.v, dout))
