@@ -156,6 +156,21 @@ def weights_of(checkpoint: Mapping[str, Any], path: str | Path, ema: bool = Fals
     return clean_state_dict(weights)
 
 
+MODEL_OPTIONS = {"model": str, "model_kwargs": dict, "input_size": int, "crop_pct": float, "data_set": str}
+"""Options of a training, with their types, that say what its model is and what its images look like."""
+
+
+def options_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """The MODEL_OPTIONS that a checkpoint was trained with, without any that has another type.
+
+    Authors save them as a Namespace, this project as a dictionary, some not at all.
+    """
+    saved = checkpoint.get("args")
+    saved = vars(saved) if isinstance(saved, argparse.Namespace) else saved
+    saved = saved if isinstance(saved, dict) else {}
+    return {name: saved[name] for name, kind in MODEL_OPTIONS.items() if isinstance(saved.get(name), kind)}
+
+
 def _is_plain(value: Any) -> bool:
     return isinstance(value, Tensor) and value.layout == torch.strided and value.device.type == "cpu"
 

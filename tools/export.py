@@ -25,9 +25,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from errors import UsageError, exit_on_error
+from models.labels import in_words
 from ops.backend import use_backend
 
-from .loading import UNTRAINED, Loaded, imagenet_descriptions, load_from, model_parser
+from .loading import UNTRAINED, Loaded, load_from, model_parser
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4
@@ -110,13 +111,13 @@ def export_hf(loaded: Loaded, path: Path) -> float:
 
     Returns how far the logits of the model that timm builds from it are off.
     """
-    size, meanings = loaded.options.input_size, imagenet_descriptions()
+    size = loaded.options.input_size
     save_for_hf(
         loaded.model,
         path,
         model_config={
             "label_names": loaded.labels,
-            "label_descriptions": {label: meanings.get(label, label) for label in loaded.labels},
+            "label_descriptions": dict(zip(loaded.labels, in_words(loaded.labels), strict=True)),
         },
         data_config={"input_size": (3, size, size), "crop_pct": loaded.options.crop_pct or 224 / 256},
         safe_serialization=True,

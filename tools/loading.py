@@ -4,21 +4,18 @@ import argparse
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import timm
-from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 from errors import OneLineParser, UsageError
 from main import build_model, check_model_name
-from models.weights import load_checkpoint, load_weights, weights_of
+from models.labels import labels_of
+from models.weights import load_checkpoint, load_weights, options_of, weights_of
 from options import KeyValues, Options, check_ranges, with_underscores
 
 UNTRAINED = "*** UNTRAINED WEIGHTS: no --checkpoint was given, what the model says is random ***"
-NEEDED = {"input_size": int, "model_kwargs": dict, "crop_pct": float, "data_set": str}
-"""What a checkpoint's options say about the model and its images."""
 
 
 @dataclass
@@ -49,7 +46,7 @@ def load_model(
     """
     check_model_name(name, "--model")
     content = load_checkpoint(checkpoint) if checkpoint else {}
-    options = Options(**{"input_size": _native_size(name), "drop_path": 0.0, **_options_of(content), "model": name})
+    options = Options(**{"input_size": _native_size(name), "drop_path": 0.0, **options_of(content), "model": name})
     options.model_kwargs = {**options.model_kwargs, **(model_kwargs or {})}
     if checkpoint:
         weights = weights_of(content, checkpoint, use_ema)
@@ -59,16 +56,7 @@ def load_model(
         model = build_model(options, 1000)
     options.input_size = options.input_size if input_size is None else input_size
     check_ranges(options, prefix="--")
-    return Loaded(model.eval(), options, _labels_of(content, model.num_classes), trained=bool(checkpoint))
-
-
-def _options_of(content: dict[str, Any]) -> dict[str, Any]:
-    """Of the options a checkpoint was trained with, those in NEEDED; authors save a Namespace, some nothing."""
-    saved = content.get("args")
-    if isinstance(saved, argparse.Namespace):
-        saved = vars(saved)
-    saved = saved if isinstance(saved, dict) else {}
-    return {name: saved[name] for name, kind in NEEDED.items() if isinstance(saved.get(name), kind)}
+    return Loaded(model.eval(), options, labels_of(content, model.num_classes), trained=bool(checkpoint))
 
 
 def _native_size(name: str) -> int:
@@ -83,20 +71,6 @@ def _count_classes(weights: dict[str, Any], name: str, checkpoint: str) -> int:
     if not isinstance(weight, Tensor) or weight.ndim == 0:
         raise UsageError(f"{checkpoint} holds no classifier of {name} ({classifier}.weight); is it of another model?")
     return weight.shape[0]
-
-
-def _labels_of(content: dict[str, Any], num_classes: int) -> list[str]:
-    """The checkpoint's class names; without any, ImageNet's synsets for 1000 classes, otherwise numbers."""
-    classes = content.get("classes")
-    if isinstance(classes, list) and len(classes) == num_classes:
-        return list(map(str, classes))
-    return ImageNetInfo().label_names() if num_classes == 1000 else [f"class {i}" for i in range(num_classes)]
-
-
-@cache
-def imagenet_descriptions() -> dict[str, str]:
-    """What ImageNet's synsets mean: {'n01440764': 'tench, Tinca tinca', ...}."""
-    return ImageNetInfo().label_descriptions(as_dict=True)
 
 
 def model_parser(program: str, description: str) -> OneLineParser:

@@ -11,8 +11,9 @@ import utils
 from datasets import ImageFiles, Key, Transformed, eval_transform
 from engine import normalized
 from errors import UsageError, exit_on_error
+from models.labels import in_words
 
-from .loading import UNTRAINED, Loaded, imagenet_descriptions, load_from, model_parser
+from .loading import UNTRAINED, Loaded, load_from, model_parser
 
 
 @torch.no_grad()
@@ -33,8 +34,7 @@ def predict(
             reason = str(error).partition("\n")[0]
             raise UsageError(f"--input_size {loaded.options.input_size}: {reason}") from error
         top = logits[0].float().softmax(-1).topk(min(most, logits.shape[-1]))
-        labels = (loaded.labels[index] for index in top.indices.tolist())
-        names = [imagenet_descriptions().get(label, label) for label in labels]
+        names = in_words(loaded.labels[index] for index in top.indices.tolist())
         yield path, list(zip(names, top.values.tolist(), strict=True))
 
 

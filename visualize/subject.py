@@ -1,8 +1,6 @@
 """The model that is looked at: built, its weights loaded, with what it takes to show it images and name its classes."""
 
-import argparse
 import math
-import re
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,14 +9,14 @@ from typing import Any
 import timm
 import torch
 from PIL import Image
-from timm.data import ImageNetInfo
 from torch import Tensor, nn
 
 import models
 from datasets import eval_crop
 from errors import UsageError, did_you_mean
+from models.labels import in_words, labels_of
 from models.releases import find_release
-from models.weights import load_checkpoint, load_weights, weights_of
+from models.weights import load_checkpoint, load_weights, options_of, weights_of
 
 from .capture import Capture, capture, check_readable, time_limit
 from .images import to_tensor, view_of
@@ -73,10 +71,10 @@ def load_subject(name: str | None = None, checkpoint: str | Path | None = None, 
         name = name or DEFAULT_MODEL
         checkpoint = find_release(name)
     content = load_checkpoint(checkpoint) if checkpoint else {}
-    args = {} if load_release else _plain(content.get("args"))  # a release has its model's published size and classes
+    args = {} if load_release else options_of(content)  # a release has its model's published size and classes
     trained_as = args.get("model")
     name = name or trained_as or DEFAULT_MODEL
-    if trained_as and trained_as != name:
+    if {trained_as, name} <= set(models.MODEL_NAMES) and trained_as != name:
         raise UsageError(f"{checkpoint} is of {trained_as}, not of {name}; choose that model or another checkpoint")
     if not timm.is_model(name):
         remedy = did_you_mean(name, models.MODEL_NAMES, f"try {DEFAULT_MODEL}")
@@ -88,29 +86,23 @@ def load_subject(name: str | None = None, checkpoint: str | Path | None = None, 
 
     weights: dict[str, Tensor] = weights_of(content, checkpoint) if checkpoint else {}
     cfg = timm.get_pretrained_cfg(name)
-    input_size = int(args.get("input_size") or cfg.input_size[-1])
+    input_size = args.get("input_size", cfg.input_size[-1])
     if not 1 <= input_size <= MAX_INPUT_SIZE:
         raise UsageError(f"{checkpoint} is for images of {input_size} pixels; at most {MAX_INPUT_SIZE} are shown")
     num_classes = len(weights["head.weight"]) if "head.weight" in weights else cfg.num_classes
-    model = _build(name, num_classes, input_size, _plain(args.get("model_kwargs")))
+    model = _build(name, num_classes, input_size, args.get("model_kwargs", {}))
     check_readable(model, name)
     if checkpoint:
         load_weights(model, weights, checkpoint)
     return Subject(
         name,
         model.eval(),
-        class_names(content.get("classes"), num_classes),
+        in_words(labels_of(content, num_classes)),
         origin=str(checkpoint) if checkpoint else "untrained weights",
         trained=bool(checkpoint),
         input_size=input_size,
         crop_pct=eval_crop(args.get("data_set", ""), input_size, args.get("crop_pct")) if args else cfg.crop_pct,
     )
-
-
-def _plain(value: Any) -> dict[str, Any]:
-    if isinstance(value, argparse.Namespace):
-        return vars(value)
-    return value if isinstance(value, dict) else {}
 
 
 def _build(name: str, num_classes: int, input_size: int, model_kwargs: dict[str, Any]) -> nn.Module:
@@ -120,16 +112,3 @@ def _build(name: str, num_classes: int, input_size: int, model_kwargs: dict[str,
             return timm.create_model(name, num_classes=num_classes, img_size=input_size, **model_kwargs)
         except (TypeError, ValueError) as error:
             raise UsageError(f"--model {name}: {error}") from error
-
-
-def class_names(names: Any, count: int) -> list[str]:
-    """`count` names: the checkpoint's own, ImageNet's in words, or else numbers."""
-    if not isinstance(names, list | tuple) or len(names) != count:
-        if count != 1000:
-            return [f"class {number}" for number in range(count)]
-        info = ImageNetInfo()
-        return [info.index_to_description(number) for number in range(count)]
-    if all(re.fullmatch(r"n\d{8}", str(name)) for name in names):
-        info = ImageNetInfo("imagenet22k")
-        return [info.label_name_to_description(name) for name in names]
-    return [str(name) for name in names]

@@ -72,7 +72,7 @@ def test_the_plot_of_accuracy_knows_every_model_of_its_sweep():
 
 @pytest.mark.slow
 def test_compiled_steps_run(run):
-    _, folder = run("--modes", "compiled", "--input_size", "64", "--no_memory", "--no_floor")
+    _, folder = run("--modes", "compiled", "--backends", "torch", "--input_size", "64", "--no_memory", "--no_floor")
     rows = json.loads((folder / "speed-cpu.json").read_text())["rows"]
     assert [(row["task"], row["mode"]) for row in rows] == [("inference", "compiled"), ("training", "compiled")]
 

@@ -1,5 +1,6 @@
 """python -m visualize: what it writes, and one line for every mistake."""
 
+import argparse
 import html.parser
 import os
 import re
@@ -197,3 +198,12 @@ def test_reports_escape_what_they_are_given():
     nasty = '"><script>alert(1)</script>'
     report = report_html(nasty, nasty, [(nasty, 0.5)], [Section(nasty, [Picture(nasty, nasty, b"x")])], trained=False)
     assert "<script" not in report
+
+
+def test_options_as_authors_save_them(tmp_path):
+    """An argparse Namespace, with their name of the model; what is none of the options is not taken for one."""
+    model = timm.create_model("debiformer_nano", num_classes=3)
+    args = argparse.Namespace(model="debi_nano", input_size="large", model_kwargs=["n_win"], crop_pct=None)
+    torch.save({"model": model.state_dict(), "args": args}, tmp_path / "authors.pth")
+    subject = load_subject("debiformer_nano", tmp_path / "authors.pth")
+    assert (subject.input_size, subject.classes) == (64, ["class 0", "class 1", "class 2"])
