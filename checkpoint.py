@@ -9,7 +9,7 @@ of the data; classes: their names.
 
 import contextlib
 import os
-import warnings
+import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -126,5 +126,5 @@ def load_latest(folder: Path) -> tuple[dict[str, Any], Path] | None:
         except UsageError as error:
             if path == candidates[-1]:
                 raise
-            warnings.warn(f"{error}; falling back to {PREVIOUS}", stacklevel=2)
+            print(f"warning: {error}; falling back to {PREVIOUS}", file=sys.stderr, flush=True)
     return None

@@ -119,7 +119,7 @@ class ScheduleOptions:
     lr_noise_std: float = option(1.0, "standard deviation of the noise")
     warmup_lr: float = option(1e-6, "rate at the start of the warm-up (not scaled)", at_least=0)
     min_lr: float = option(1e-5, "lowest rate of cyclic schedules (not scaled)", at_least=0)
-    decay_epochs: float = option(30.0, "epochs between decays of the step schedule")
+    decay_epochs: float = option(30.0, "epochs between decays of the step schedule", at_least=1)
     warmup_epochs: int = option(5, "epochs of linear warm-up", at_least=0)
     cooldown_epochs: int = option(10, "part of the schedule's definition; training ends after `epochs` all the same")
     patience_epochs: int = option(
@@ -251,6 +251,14 @@ GROUPS = (
     DataOptions,
 )
 NULLS = ("none", "null")
+OWN_OPTIONS = {
+    "img_size": "input_size",
+    "num_classes": "num_classes",
+    "drop_rate": "drop",
+    "drop_path_rate": "drop_path",
+    "pretrained": "load_release",
+}
+"""Arguments of models that are no --model_kwargs, and the options for them."""
 
 
 def parse_args(argv: Sequence[str] | None = None, program: str = "main.py") -> Options:
@@ -306,6 +314,9 @@ def validate(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and len(value) != 2 and not (name == "lr_noise" and len(value) == 1):
             raise UsageError(f"--{name} takes two numbers, not {value}")
+    for name, option in OWN_OPTIONS.items():
+        if name in options.model_kwargs:
+            raise UsageError(f"--model_kwargs {name}: that has an option of its own, use --{option}")
     if options.fuse and not options.eval:
         raise UsageError("--fuse is for inference, merged weights are not trained: add --eval or leave it out")
     if options.eval_set != "val" and not (options.eval and options.data_set == "IMNET"):

@@ -185,12 +185,12 @@ class Request(IntEnum):
 class Requests:
     """Brings about that all processes save, or save and stop, after one and the same update.
 
-    SIGTERM, SIGINT and SIGUSR2 ask for a stop; any of them may reach one process alone. So after each update the
-    processes exchange one number over gloo, and its answer is read an update later: nobody waits for it, and the
-    GPU is not synchronised. Use as a context; the signals' former handlers come back at its end.
+    SIGTERM, SIGINT, SIGUSR2 and, unless under nohup, SIGHUP ask for a stop; any of them may reach one process alone.
+    So after each update the processes exchange one number over gloo, and its answer is read an update later: nobody
+    waits for it, and the GPU is not synchronised. Use as a context; the signals' former handlers come back at its end.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
 
     def __init__(self, processes: Processes) -> None:
         self.signals: set[signal.Signals] = set()
@@ -198,7 +198,11 @@ class Requests:
         self._pending: tuple[Tensor, dist.Work] | None = None
 
     def __enter__(self) -> "Requests":
-        self._previous = {number: signal.signal(number, self._note) for number in self.SIGNALS}
+        self._terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
+        self._previous = {}
+        for number in self.SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # which is how nohup works
+                self._previous[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
@@ -208,6 +212,10 @@ class Requests:
     def _note(self, number: int, frame: FrameType | None) -> None:
         if signal.SIGINT in self.signals and number == signal.SIGINT:
             raise KeyboardInterrupt  # a second Ctrl-C does not wait for the checkpoint
+        if number == signal.SIGHUP:  # printing to a closed terminal would fail
+            with open(os.devnull, "wb") as nowhere:
+                for descriptor in self._terminals:
+                    os.dup2(nowhere.fileno(), descriptor)
         self.signals.add(signal.Signals(number))
 
     def agree(self, save: bool = False) -> Request:

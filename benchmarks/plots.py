@@ -36,7 +36,7 @@ def draw(name: str, result: Mapping[str, Any], folder: Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     figure = PAINTERS[name](result["rows"])
-    figure.suptitle(machine_line(result["machine"]), fontsize=7, color="0.4", y=0.01, va="bottom")
+    figure.supxlabel(machine_line(result["machine"]), fontsize=7, color="0.4")
     figure.savefig(folder / f"{name}-{result['machine']['device']}.png", dpi=120)
     plt.close(figure)
 
@@ -58,6 +58,7 @@ def accuracy(rows: list[dict[str, Any]]) -> plt.Figure:
     axes.set(xlabel="images per second, inference", ylabel="published ImageNet-1K top-1 (%)", xscale="log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(which="both", labelsize=9)
     axes.grid(alpha=0.3, which="both")
     axes.legend()
     return figure

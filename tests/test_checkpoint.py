@@ -21,7 +21,7 @@ def test_a_file_is_replaced_at_once_and_its_predecessor_kept(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty"])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage, capsys):
     for number in range(2):
         save_checkpoint({"number": number, "weights": torch.arange(1000.0)}, tmp_path / LAST)
     content = bytearray((tmp_path / LAST).read_bytes())
@@ -32,8 +32,10 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage):
     else:
         content = b""
     (tmp_path / LAST).write_bytes(content)
-    with pytest.warns(UserWarning, match="falling back"):
-        checkpoint, path = load_latest(tmp_path)
+    checkpoint, path = load_latest(tmp_path)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: ")
+    assert line.endswith(f"falling back to {PREVIOUS}")
     assert (checkpoint["number"], path.name) == (0, PREVIOUS)
 
 

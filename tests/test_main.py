@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -22,6 +23,7 @@ import main
 from checkpoint import BEST, LAST
 from errors import NonFiniteLoss, Stopped, UsageError
 from models.weights import load_checkpoint
+from utils import Processes, Request, Requests
 
 TIMINGS = ("seconds",)
 
@@ -351,6 +353,37 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(shared_images, tmp_pat
     assert "Traceback" not in errors
     assert time.monotonic() - began < 60
     assert load_checkpoint(tmp_path / "run" / LAST)["epoch"] >= 0
+
+
+def test_closing_the_terminal_leaves_a_checkpoint(shared_images, tmp_path):
+    run = small_command(shared_images, tmp_path / "run", "--epochs", "1000", "--num_workers", "2")
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(ROOT)
+        os.execv(sys.executable, [sys.executable, *map(str, run)])
+    shown = b""
+    while b"loss" not in shown:
+        shown += os.read(terminal, 1 << 16)
+    os.close(terminal)
+    end, ended = time.monotonic() + 120, 0
+    while not ended and time.monotonic() < end:
+        time.sleep(0.1)
+        ended, status = os.waitpid(pid, os.WNOHANG)
+    if not ended:
+        os.kill(pid, signal.SIGKILL)
+    assert ended
+    assert os.waitstatus_to_exitcode(status) == 75
+    assert weights(tmp_path / "run")
+
+
+def test_under_nohup_a_closed_terminal_changes_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Requests(Processes()) as requests:
+            signal.raise_signal(signal.SIGHUP)
+            assert requests.agree() == Request.NOTHING
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.parametrize(

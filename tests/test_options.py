@@ -89,6 +89,8 @@ def test_every_recipe_loads_and_says_what_it_is(path):
         (["--recipe", "debiformer_huge"], ["debiformer_huge", "debiformer_small"]),
         (["--model", "x", "--eval=perhaps"], ["--eval", "perhaps"]),
         (["--model_kwargs", "n_win"], ["--model_kwargs", "NAME=VALUE"]),
+        (["--model_kwargs", "img_size=64"], ["--model_kwargs img_size", "use --input_size"]),
+        (["--decay_epochs", "0"], ["--decay_epochs must be at least 1"]),
         (["--opt_betas", "fast"], ["--opt_betas", "numbers"]),
         (["--model", "x", "--scale", "0.1"], ["--scale", "two numbers"]),
         (["--model", "x", "--fuse"], ["--fuse", "add --eval"]),

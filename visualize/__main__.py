@@ -78,20 +78,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         except UsageError as error:  # the other images of a folder are still worth showing
             failed[path.name] = error
             continue
-        write_all(subject, image, path.name, queries, options.evidence, _writable(folder))
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_all(subject, image, path.name, queries, options.evidence, folder)
+        except OSError as error:
+            raise UsageError(f"cannot write to {folder}: {error.strerror}; choose another --output") from error
         bar.write(f"{folder / 'report.html'}")
     if len(files) == 1 and failed:
         raise next(iter(failed.values()))
     if failed:
         raise UsageError(f"{len(failed)} of {len(files)} files could not be read: {listed(failed.values())}")
-
-
-def _writable(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot write to {folder}: {error.strerror}; choose another --output") from error
-    return folder
 
 
 def write_all(

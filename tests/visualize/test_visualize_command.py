@@ -207,3 +207,8 @@ def test_options_as_authors_save_them(tmp_path):
     torch.save({"model": model.state_dict(), "args": args}, tmp_path / "authors.pth")
     subject = load_subject("debiformer_nano", tmp_path / "authors.pth")
     assert (subject.input_size, subject.classes) == (64, ["class 0", "class 1", "class 2"])
+
+
+def test_an_output_that_cannot_be_written(photo):
+    with pytest.raises(UsageError, match=r"cannot write to .*photo\.png/out.*; choose another --output"):
+        main([str(photo), "--model", "debiformer_nano", "--output", str(photo / "out")])
