@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -109,26 +109,26 @@ class Cifar100(vision.CIFAR100):
         return f"image {index} of {self.root}"
 
 
-def image_folders(root: str) -> tuple[ImageFiles, ImageFiles]:
-    """ROOT/train/CLASS/* and ROOT/val/CLASS/*. UsageError if a folder is missing or empty, or the classes differ."""
-    parts = []
-    for split in ("train", "val"):
-        folder = Path(root, split)
-        if not folder.is_dir():
-            raise UsageError(f"{folder} is not a folder; --data_path must hold train/CLASS/ and val/CLASS/ folders")
-        try:
-            found = vision.ImageFolder(str(folder))
-        except FileNotFoundError as error:
-            empty = [p.name for p in sorted(folder.iterdir()) if p.is_dir() and not _has_images(p)]
-            if not empty:
-                raise UsageError(f"{folder} has no class folders; put the images in {folder}/CLASS/") from error
-            raise UsageError(f"class folder {folder / empty[0]} holds no image; fill or remove it") from error
-        parts.append(ImageFiles(found.samples, found.classes))
-    return check_same_classes(root, *parts)
+def image_folder(root: str, split: str) -> ImageFiles:
+    """ROOT/SPLIT/CLASS/*. UsageError if a folder is missing or empty."""
+    folder = Path(root, split)
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder; --data_path must hold train/CLASS/ and val/CLASS/ folders")
+    try:
+        found = vision.ImageFolder(str(folder))
+    except FileNotFoundError as error:
+        empty = [p.name for p in sorted(folder.iterdir()) if p.is_dir() and not _has_images(p)]
+        if not empty:
+            raise UsageError(f"{folder} has no class folders; put the images in {folder}/CLASS/") from error
+        raise UsageError(f"class folder {folder / empty[0]} holds no image; fill or remove it") from error
+    return ImageFiles(found.samples, found.classes)
 
 
-def check_same_classes(root: str, train: Dataset, val: Dataset) -> tuple[Dataset, Dataset]:
-    """The two datasets as they are. UsageError if their classes differ."""
+def both_splits(root: str, open_split: Callable[[str, str], Dataset], evaluate: bool) -> tuple[Dataset, Dataset]:
+    """What `open_split` makes of train and val, or to `evaluate` twice of val. UsageError if their classes differ."""
+    if evaluate:
+        return (open_split(root, "val"),) * 2
+    train, val = open_split(root, "train"), open_split(root, "val")
     if train.classes != val.classes:
         only = [f"{name} (only in train)" for name in sorted(set(train.classes) - set(val.classes))]
         only += [f"{name} (only in val)" for name in sorted(set(val.classes) - set(train.classes))]
@@ -175,7 +175,10 @@ def _read_json(path: Path) -> Any:
 
 
 def open_sources(options: Options) -> tuple[Dataset, Dataset]:
-    """The training and the test images that --data_set and --data_path name. UsageError if they cannot be read."""
+    """The training and the test images that --data_set and --data_path name. UsageError if they cannot be read.
+
+    Evaluating takes the test images alone where they say by themselves which classes there are.
+    """
     name, root = options.data_set, options.data_path
     if name == "DIGITS":
         return Digits(train=True), Digits(train=False)
@@ -185,7 +188,7 @@ def open_sources(options: Options) -> tuple[Dataset, Dataset]:
     if root and not Path(root).exists():
         raise UsageError(f"--data_path {root} does not exist")
     if name == "IMNET":
-        return image_folders(root)
+        return both_splits(root, image_folder, options.eval)
     if name == "CIFAR":
         try:
             return Cifar100(root, train=True), Cifar100(root, train=False)
@@ -194,7 +197,7 @@ def open_sources(options: Options) -> tuple[Dataset, Dataset]:
     if name in ("INAT", "INAT19"):
         return inaturalist(root, 2019 if name == "INAT19" else 2018, options.inat_category)
     if name == "TAR":
-        return check_same_classes(root, _tar_source(root, "train"), _tar_source(root, "val"))
+        return both_splits(root, _tar_source, options.eval)
     if "/" in name:
         return _timm_source(options, train=True), _timm_source(options, train=False)
     raise UsageError(f"unknown --data_set {name!r}; known: IMNET, CIFAR, INAT, INAT19, DIGITS, TAR, hfds/…, wds/…")
@@ -342,13 +345,17 @@ class Data:
         count = min(count, len(dataset))
         return torch.stack([dataset[Key(number * len(dataset) // count)][0] for number in range(count)])
 
+    @property
+    def streamed(self) -> bool:
+        """Whether training images come as a stream, which cannot be entered midway."""
+        return self.train is not None and isinstance(self.train.dataset, IterableDataset)
+
     def place(self, epoch: int, start: int = 0) -> int:
-        """Set the training loader to image `start` of `epoch`. Returns the update it stands at."""
-        dataset = self.train.dataset
-        if isinstance(dataset, IterableDataset):  # a stream cannot be entered midway: the epoch starts again
-            dataset.set_epoch(epoch)
-            return 0
-        self.train.sampler.place(epoch, start)
+        """Set the training loader to image `start` (of a stream 0) of `epoch`. Returns the update it stands at."""
+        if self.streamed:
+            self.train.dataset.set_epoch(epoch)
+        else:
+            self.train.sampler.place(epoch, start)
         return start // self.total_batch
 
 
@@ -367,7 +374,8 @@ def build_data(
     if num_classes < len(classes):
         raise UsageError(f"--num_classes {num_classes} is fewer than the {len(classes)} classes of the data")
 
-    workers = min(options.num_workers, len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # not on a Mac
+    workers = min(options.num_workers, cores)
     common = {
         "num_workers": workers,
         "pin_memory": options.pin_mem and device.type == "cuda",
@@ -382,7 +390,10 @@ def build_data(
             train_source.transform = train_transform(options)
             train_source.set_loader_cfg(num_workers=workers)
             train = DataLoader(train_source, options.batch_size, drop_last=True, **common)
-            updates = len(train_source) // total_batch
+            # timm's readers of streams count this process's share alone.
+            updates = len(train_source) // (options.batch_size * options.accum_steps)
+            if updates == 0:
+                raise UsageError(f"--data_set {options.data_set} does not fill one batch; lower --batch_size")
         else:
             sampler = TrainSampler(len(train_source), total_batch, options, processes)
             dataset = Transformed(train_source, train_transform(options), options.seed)
@@ -394,8 +405,10 @@ def build_data(
     val_batches = 0  # unknown
     if isinstance(val_source, IterableDataset):
         val_source.transform = eval_transform(options)
+        # Split among processes, timm's streams may leave images out or repeat them: each process reads them all.
+        val_source.reader.dist_rank, val_source.reader.dist_num_replicas = 0, 1
         val_source.set_loader_cfg(num_workers=workers)
-        val, dist_eval = DataLoader(val_source, eval_batch, **common), processes.distributed
+        val, dist_eval = DataLoader(val_source, eval_batch, **common), False
     else:
         sampler = EvalSampler(len(val_source), processes, split=dist_eval)
         dataset = Transformed(val_source, eval_transform(options), options.seed)

@@ -20,6 +20,14 @@ from torch.nn.parallel import DistributedDataParallel
 from errors import NonFiniteLoss
 from utils import Processes, all_reduce_sum, seed_everything
 
+DIVERGED = "the last good checkpoint is kept. Try a lower --lr, --clip_grad 5 or --amp bf16"
+
+
+def check_weights(model: nn.Module, epoch: int) -> None:
+    """NonFiniteLoss if an update of this epoch made a parameter infinite or NaN. Waits for the device."""
+    if not torch.stack([parameter.detach().isfinite().all() for parameter in model.parameters()]).all():
+        raise NonFiniteLoss(f"the weights are not finite after an update of epoch {epoch + 1}; {DIVERGED}")
+
 
 @dataclass
 class Precision:
@@ -72,10 +80,7 @@ class LossMeter:
         """NonFiniteLoss if any loss so far was not finite. Waits for the device."""
         bad = int(self.first_bad.item())
         if bad >= 0:
-            raise NonFiniteLoss(
-                f"the loss is not finite at epoch {epoch}, update {bad}; the last good checkpoint is kept. "
-                "Try a lower --lr, --clip_grad 5 or --amp bf16"
-            )
+            raise NonFiniteLoss(f"the loss is not finite at epoch {epoch + 1}, update {bad + 1}; {DIVERGED}")
 
     def gather(self) -> None:
         """Collect the sums of all processes, for the state dict. Waits for the device."""

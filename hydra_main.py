@@ -136,6 +136,8 @@ def check_launch(slurm: SlurmOptions) -> None:
     check_ranges(slurm, prefix="slurm.")
     if slurm.ddp_comm_mode == "file" and not slurm.share_root:
         raise UsageError("slurm.ddp_comm_mode=file needs slurm.share_root, a folder that all machines see")
+    if slurm.share_root and not Path(slurm.share_root).is_dir():
+        raise UsageError(f"slurm.share_root={slurm.share_root} is not a folder; name one that all machines see")
     if slurm.executor == "local" and slurm.nodes > 1:
         raise UsageError("slurm.executor=local knows one machine only: slurm.nodes=1")
     if slurm.executor == "slurm" and shutil.which("sbatch") is None:
@@ -215,6 +217,8 @@ def launch(config: DictConfig) -> None:
         main.run(run)
         return
     check_launch(slurm)
+    if slurm.share_root:
+        slurm.share_root = str(Path(slurm.share_root).resolve())
     job = submit(run, slurm)
     print(f"Submitted job {job.job_id}")
     print(f"  folder:    {run.output_dir}")
@@ -234,15 +238,21 @@ def compose_and_launch() -> None:
     ConfigStore.instance().store("options", LaunchOptions)
     OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
     OmegaConf.register_new_resolver("sweep_dir", sweep_dir, replace=True)
-    entry = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(
-        lambda config: exit_on_error("hydra_main.py", lambda: launch(config))
-    )
+    launched = False
+
+    def task(config: DictConfig) -> None:
+        nonlocal launched
+        launched = True
+        exit_on_error("hydra_main.py", lambda: launch(config))
+
     try:
-        entry()
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(task)()
     except MissingConfigException as error:
         group, _, name = str(error.missing_cfg_file).rpartition("/")
         raise UsageError(f"there is no {group} {name!r}; known: {', '.join(error.options or [])}") from error
     except OSError as error:
+        if launched:
+            raise
         raise UsageError(f"cannot write to {error.filename}: {error.strerror}; choose another output_dir") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise UsageError(in_one_line(error)) from error

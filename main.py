@@ -21,14 +21,14 @@ import models
 import utils
 from checkpoint import BEST, LAST, TrainingState, build_checkpoint, load_latest, save_checkpoint
 from datasets import Data, build_data
-from engine import LossMeter, Precision, Stepper, evaluate, normalized, train_one_epoch
+from engine import LossMeter, Precision, Stepper, check_weights, evaluate, normalized, train_one_epoch
 from errors import Stopped, UsageError, did_you_mean, exit_on_error
 from eval_sets import TITLES, open_eval_set
 from models.releases import Places, find_release
 from models.weights import checkpoint_filter_fn, load_checkpoint, load_to_finetune, load_weights, weights_of
 from optim_factory import build_loss, build_optimizer, build_scheduler
 from options import Options, mixing, parse_args, to_plain
-from run_log import Progress, RunLog, describe, report, summarise, write_options
+from run_log import Progress, RunLog, describe, report, show_notices, summarise, write_options
 from utils import Processes, Request, Requests
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ def run(options: Options) -> dict[str, Any]:
     device = utils.choose_device(options.device, processes)
     torch.backends.cudnn.benchmark = True
     utils.seed_everything(options.seed)
+    show_notices(processes)
     with utils.process_group(processes, device, options.dist_url, COLLECTIVE_TIMEOUT):
         return (evaluate_only if options.eval else train)(options, processes, device)
 
@@ -64,6 +65,8 @@ def evaluate_only(options: Options, processes: Processes, device: torch.device) 
     if options.fuse:
         model = models.fuse(model.eval())
     model.to(device, memory_format=torch.channels_last)
+    if options.compile:
+        model.compile(dynamic=False)
     precision, among = precision_of(options, device), other and other.among
     metrics = evaluate(model, data.val, precision, processes, data.dist_eval, among=among)
     report(metrics, processes, f"{TITLES[options.eval_set]}: " if other else "")
@@ -124,6 +127,10 @@ def train(options: Options, processes: Processes, device: torch.device) -> dict[
     )
     if resumed is not None:
         state.restore(*resumed)
+        if data.streamed and state.position < data.epoch_images:
+            state.position = 0
+            state.history.forget_epoch(state.epoch)
+            say("Streamed data cannot be entered midway: the epoch begins again")
         say(f"Continuing from {resumed[1]}: epoch {state.epoch + 1}, image {state.position}")
     if processes.is_main:
         write_options(options, folder)
@@ -155,6 +162,7 @@ def train_epochs(
 
     def save(epoch: int, position: int) -> None:
         nonlocal saved_at
+        check_weights(state.model, epoch)
         meter.gather()
         state.epoch, state.position, saved_at = epoch, position, time.monotonic()
         if processes.is_main:
@@ -322,12 +330,24 @@ def build_teacher(options: Options, num_classes: int, device: torch.device) -> n
     """The frozen teacher of --distillation_type; None without distillation."""
     if options.distillation_type == "none":
         return None
-    check_model_name(options.teacher_model, "--teacher_model")
-    teacher = timm.create_model(options.teacher_model, pretrained=not options.teacher_path, num_classes=num_classes)
-    if options.teacher_path:
-        load_weights(
-            teacher, weights_of(load_checkpoint(options.teacher_path), options.teacher_path), options.teacher_path
-        )
+    name, path = options.teacher_model, options.teacher_path
+    check_model_name(name, "--teacher_model")
+    if path:
+        teacher = timm.create_model(name, num_classes=num_classes)
+        load_weights(teacher, weights_of(load_checkpoint(path), path), path)
+    else:
+        try:
+            teacher = timm.create_model(name, pretrained=True)
+        except UsageError:
+            raise
+        except Exception as error:  # whatever the library that downloads makes of a lost connection
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise UsageError(f"--teacher_model {name} cannot be had ({reason}); pass --teacher_path") from error
+        if teacher.num_classes != num_classes:
+            raise UsageError(
+                f"--teacher_model {name} knows {teacher.num_classes} classes, the data has {num_classes}; "
+                "pass the --teacher_path of one that was trained on them"
+            )
     return teacher.to(device, memory_format=torch.channels_last)
 
 

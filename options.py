@@ -326,7 +326,7 @@ def validate(options: Options) -> None:
     sources = [f"--{name}" for name in ("resume", "finetune", "load_release") if getattr(options, name)]
     if "--load_release" in sources and len(sources) > 1:
         raise UsageError(f"{' and '.join(sources)} both name weights to start from; leave one out")
-    if mixing(options) and options.batch_size % 2:
+    if mixing(options) and options.batch_size % 2 and not options.eval:
         raise UsageError(f"mixup and CutMix pair images: --batch_size must be even, not {options.batch_size}")
 
 
@@ -451,7 +451,7 @@ class _Numbers(argparse.Action):
 
 
 class KeyValues(argparse.Action):
-    """--model_kwargs n_win=8 depths=2,2,9,3: numbers, true, false, null, words, and comma-separated lists of them."""
+    """--model_kwargs n_win=8 depths=2,2,9,3: numbers, true, false, null, words; lists of them, with or without []."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: Any = None) -> None:
         result = dict(getattr(namespace, self.dest, {}))
@@ -459,7 +459,10 @@ class KeyValues(argparse.Action):
             name, separator, text = item.partition("=")
             if not separator:
                 parser.error(f"argument {option_string}: expected NAME=VALUE, not {item!r}")
-            result[name] = [_plain_value(word) for word in text.split(",")] if "," in text else _plain_value(text)
+            try:
+                result[name] = _plain_value(f"[{text}]" if "," in text and not text.startswith("[") else text)
+            except (OmegaConfBaseException, YAMLError):
+                parser.error(f"argument {option_string}: cannot read {item!r}")
         setattr(namespace, self.dest, result)
 
 

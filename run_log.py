@@ -6,6 +6,7 @@ epoch and no point appears twice. Pictures lie in the run's folder, attention/EP
 
 import contextlib
 import json
+import logging
 import math
 import os
 import sys
@@ -81,6 +82,12 @@ class RunLog:
         for record in self.epochs:
             self._show_pictures(record["epoch"])
         self._write_text()
+
+    def forget_epoch(self, epoch: int) -> None:
+        """Drop the loss and learning rate of an epoch that is trained again from its start."""
+        self.points = [
+            point for point in self.points if point[0] not in ("loss", "lr") or point[2] <= epoch * POINTS_PER_EPOCH
+        ]
 
     def train_point(self, epoch: float, loss: float, lr: float) -> None:
         """Loss and learning rate at a (fractional) epoch."""
@@ -219,6 +226,22 @@ class Progress:
         then, first = self.run_started
         done = self.epoch * self.updates + update + 1
         return format_seconds((now - then) / (done - first) * (self.epochs * self.updates - done))
+
+
+class _Notices(logging.Handler):
+    """Writes above a live bar, not into it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def show_notices(processes: Processes) -> None:
+    """Have the main process print what modules log for users to know: which backend the attention runs on."""
+    logger = logging.getLogger("ops")
+    logger.setLevel(logging.INFO if processes.is_main else logging.WARNING)
+    if not logger.handlers:
+        logger.addHandler(_Notices())
+        logger.propagate = False
 
 
 @_writing()

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from errors import UsageError
+from errors import Stopped, UsageError
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,8 @@ def choose_device(name: str, processes: Processes) -> torch.device:
 
 @contextlib.contextmanager
 def process_group(processes: Processes, device: torch.device, dist_url: str, timeout: timedelta) -> Iterator[None]:
-    """Joins the other processes (NCCL on CUDA, gloo elsewhere) for the duration of the block."""
-    if not processes.distributed:
+    """Joins the other processes (NCCL on CUDA, gloo elsewhere) for the duration of the block, or finds them joined."""
+    if not processes.distributed or dist.is_initialized():
         yield
         return
     if "OMP_NUM_THREADS" not in os.environ:
@@ -98,6 +98,8 @@ def process_group(processes: Processes, device: torch.device, dist_url: str, tim
     dist.init_process_group(backend, timeout=timeout, world_size=processes.world_size, rank=processes.rank, **place)
     try:
         yield
+    except Stopped:
+        raise
     except RuntimeError as error:
         # A process that died takes its peers' collective operations down. It has its traceback printed, and the
         # launcher ends the others soon: they keep quiet until then.

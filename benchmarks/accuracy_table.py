@@ -17,11 +17,11 @@ from pathlib import Path
 import timm
 
 from errors import OneLineParser, UsageError, exit_on_error
-from main import run
+from main import COLLECTIVE_TIMEOUT, run
 from models.release_sources import sha256_of
 from models.releases import RELEASES, Places, find_release, here
 from options import Options, parse_args
-from utils import find_processes
+from utils import choose_device, find_processes, process_group
 
 from .markdown import replace_between, table
 
@@ -66,10 +66,12 @@ def measure(model: str, argv: Sequence[str]) -> tuple[str, str, str]:
 
 def accuracy_table(argv: Sequence[str]) -> str:
     """The Markdown table, one row per release. argv: options of main.py."""
-    rows = []
-    for model, release in RELEASES.items():
-        published = "-" if release.top1 is None else f"{release.top1:g}"
-        rows.append((model, published, *measure(model, argv)))
+    rows, options, processes = [], options_of(next(iter(RELEASES)), argv), find_processes()
+    # The processes join once: torchrun's store remembers their addresses, which a second time would be other ones.
+    with process_group(processes, choose_device(options.device, processes), options.dist_url, COLLECTIVE_TIMEOUT):
+        for model, release in RELEASES.items():
+            published = "-" if release.top1 is None else f"{release.top1:g}"
+            rows.append((model, published, *measure(model, argv)))
     return table(HEADER, rows)
 
 

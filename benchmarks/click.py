@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 import torch
 
+from errors import exit_on_error
 from visualize import session
 from visualize.images import to_tensor
 
@@ -69,4 +70,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_error("benchmarks.click", main)

@@ -1,9 +1,10 @@
 """Tables in Markdown files that a command keeps up to date."""
 
-from collections.abc import Sequence
+import argparse
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from errors import UsageError
+from errors import OneLineParser, UsageError
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int = 1) -> str:
@@ -23,3 +24,16 @@ def replace_between(path: Path, begin: str, end: str, text: str) -> None:
     if not (found and closed):
         raise UsageError(f"{path} has no place for this table: it needs the lines {begin} and {end}")
     path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
+
+
+def print_or_write(program: str, description: str, begin: str, end: str, make: Callable[[], str]) -> None:
+    """A command line that prints what `make` returns, or with --write FILE puts it between the marks of a file."""
+    parser = OneLineParser(
+        prog=f"python -m {program}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--write", type=Path, metavar="FILE", help=f"write between {begin} and {end}")
+    file = parser.parse_args().write
+    if file:
+        replace_between(file, begin, end, make())
+    else:
+        print(make())

@@ -10,8 +10,6 @@ are often quoted, also counts five operations per element of a LayerNorm and two
 printed, DeBiFormer's to 0.2 %.
 """
 
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import timm
@@ -25,7 +23,7 @@ from models import MODEL_NAMES
 from models.releases import RELEASES
 from utils import count_parameters
 
-from .markdown import replace_between, table
+from .markdown import print_or_write, table
 
 BEGIN = "<!-- model table: python -m benchmarks.model_table -->"
 END = "<!-- end of model table -->"
@@ -80,10 +78,7 @@ def model_table() -> str:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--write"]:
-        replace_between(Path(sys.argv[2]), BEGIN, END, model_table())
-    else:
-        print(model_table())
+    print_or_write("benchmarks.model_table", __doc__, BEGIN, END, model_table)
 
 
 if __name__ == "__main__":

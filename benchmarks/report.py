@@ -3,15 +3,13 @@
 python -m benchmarks.report --write README.md    puts the committed results between the marks of README.md
 """
 
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from errors import exit_on_error
 
-from .markdown import replace_between, table
+from .markdown import print_or_write, table
 from .measure import machine_line, read_result
 
 OURS, PEER = "debiformer_tiny", "swin_tiny_patch4_window7_224"
@@ -222,11 +220,8 @@ def summary(results: Mapping[str, Result | None]) -> str:
 
 def main() -> None:
     """The command line."""
-    text = summary({device: read_result("speed", device) for device in KINDS})
-    if sys.argv[1:2] == ["--write"] and len(sys.argv) == 3:
-        replace_between(Path(sys.argv[2]), BEGIN, END, text)
-    else:
-        print(text)
+    results = {device: read_result("speed", device) for device in KINDS}
+    print_or_write("benchmarks.report", __doc__, BEGIN, END, lambda: summary(results))
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from checkpoint import LAST, save_checkpoint
+from errors import exit_on_error
 from models.weights import load_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -83,4 +84,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_on_error("benchmarks.stop_time", main)

@@ -1,9 +1,7 @@
 """What is timed: inference and training steps of models, the layers they consist of, two large maps."""
 
-import contextlib
-import os
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +14,7 @@ import models
 from dense import FeaturePyramid
 from models.attention import BiLevelRoutingAttention
 from models.layers import PointwiseConv
-from ops.backend import BACKENDS, ENVIRONMENT
+from ops.backend import BACKENDS, use_backend
 
 from .measure import DTYPES, interleaved_seconds
 from .model_table import count_macs
@@ -80,7 +78,7 @@ def build_step(case: Case, device: torch.device) -> Callable[[], None]:
     step = make(model, images, case)
 
     def on_backend() -> None:
-        with backend_environment(case.backend):
+        with use_backend(case.backend):
             step()
 
     return on_backend
@@ -140,20 +138,6 @@ def _compiled(model: nn.Module, case: Case) -> nn.Module:
     return torch.compile(_OnBackend(model, case.backend), dynamic=False, fullgraph=True)
 
 
-@contextlib.contextmanager
-def backend_environment(backend: str | None) -> Iterator[None]:
-    """Let attentions that leave the choice open run on `backend`; None changes nothing."""
-    before = os.environ.get(ENVIRONMENT)
-    if backend is not None:
-        os.environ[ENVIRONMENT] = backend
-    try:
-        yield
-    finally:
-        os.environ.pop(ENVIRONMENT, None)
-        if before is not None:
-            os.environ[ENVIRONMENT] = before
-
-
 # -- the floor ----------------------------------------------------------------------------------------------------
 
 
@@ -171,7 +155,7 @@ def layer_floor(case: Case, device: torch.device, repeats: int) -> dict[str, flo
 
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
     hooks = [layer.register_forward_hook(record) for layer in layers]
-    with torch.inference_mode(), backend_environment(case.backend):
+    with torch.inference_mode(), use_backend(case.backend):
         model(images)
         for hook in hooks:
             hook.remove()

@@ -14,6 +14,12 @@ import ops
 from .layers import QKV, DepthwiseConv, MapLinear, to_nchw, to_nhwc
 
 
+def check_heads(dim: int, num_heads: int) -> None:
+    """ValueError unless the heads divide the width evenly."""
+    if num_heads < 1 or dim % num_heads:
+        raise ValueError(f"{num_heads} heads do not divide the width {dim}")
+
+
 class Router(nn.Module):
     """Chooses the windows that each window attends to. No parameters; a module so that hooks can watch it.
 
@@ -56,6 +62,7 @@ class BiLevelRoutingAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, n_win: int, topk: int) -> None:
         super().__init__()
+        check_heads(dim, num_heads)
         self.num_heads = num_heads
         self.qkv = QKV(MapLinear(dim, 3 * dim))
         self.router = Router(n_win, topk, scale=dim**-0.5)
@@ -80,6 +87,7 @@ class FullAttention(nn.Module):
         self, dim: int, num_heads: int, linear: Callable[..., nn.Module] = MapLinear, lepe_on_values: bool = False
     ) -> None:
         super().__init__()
+        check_heads(dim, num_heads)
         self.num_heads, self.lepe_on_values = num_heads, lepe_on_values
         self.qkv = linear(dim, 3 * dim, bias=False)
         self.lepe = DepthwiseConv(dim, 5)

@@ -25,6 +25,13 @@ POSITION_TABLES = ("rpe_table", "relative_position_bias_table")
 """Ends of the names of parameters that weight decay spares."""
 
 
+def check_per_stage(**arguments: object) -> None:
+    """ValueError, naming the argument, unless each is a sequence with one value per stage."""
+    for name, values in arguments.items():
+        if not isinstance(values, list | tuple) or len(values) != len(STRIDES):
+            raise ValueError(f"{name} takes one value for each of the {len(STRIDES)} stages, not {values}")
+
+
 def stage_sides(side: int, round_up: bool = True) -> tuple[int, int, int, int]:
     """Token rows (or columns) of the four stages for an image side in pixels: halved 2 to 5 times.
 

@@ -8,7 +8,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from .attention import BiLevelRoutingAttention, FullAttention
-from .backbone import RELEASE, Backbone, build_variant, default_cfg
+from .backbone import RELEASE, Backbone, build_variant, check_per_stage, default_cfg
 from .layers import MapLinear, ResidualDepthwiseConv, init_linear, to_nchw, to_nhwc
 
 
@@ -54,6 +54,8 @@ class BiFormer(Backbone):
         topk: Sequence[int | None] = (1, 4, 16, None),
         **kwargs: Any,
     ) -> None:
+        check_per_stage(embed_dims=embed_dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, topk=topk)
+
         def make_block(i: int, _number: int, drop_path: float) -> BiFormerBlock:
             if topk[i] is None:
                 attn = FullAttention(embed_dims[i], num_heads[i])

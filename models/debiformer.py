@@ -8,7 +8,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from .attention import BiLevelRoutingAttention
-from .backbone import RELEASE, Backbone, build_variant, default_cfg, stage_sides
+from .backbone import RELEASE, Backbone, build_variant, check_per_stage, default_cfg, stage_sides
 from .deformable_attention import DeformableAgentAttention
 from .layers import ConvMlp, ResidualDepthwiseConv, to_nchw, to_nhwc
 
@@ -69,6 +69,9 @@ class DeBiFormer(Backbone):
         agent_mlp_ratios: Sequence[float] = (3, 3, 3, 3),
         **kwargs: Any,
     ) -> None:
+        check_per_stage(embed_dims=embed_dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios)
+        check_per_stage(bra_topk=bra_topk, agent_topk=agent_topk, agent_strides=agent_strides)
+        check_per_stage(offset_kernels=offset_kernels, offset_groups=offset_groups, agent_mlp_ratios=agent_mlp_ratios)
         token_maps = list(zip(*(stage_sides(side) for side in to_2tuple(img_size)), strict=True))
 
         def deformable(i: int) -> DeformableAgentAttention:
@@ -147,7 +150,7 @@ def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
 
 @register_model
 def debiformer_tiny(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """DeBiFormer-T: 21.5 M parameters, 2.7 G MACs, published top-1 81.9."""
+    """DeBiFormer-T: 21.5 M parameters, 2.6 G MACs, published top-1 81.9."""
     return _create("debiformer_tiny", pretrained, **kwargs)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import ops
 
-from .attention import Router, attend_routed_windows
+from .attention import Router, attend_routed_windows, check_heads
 from .layers import QKV, ConvMlp, DepthwiseConv, PointwiseConv, to_nchw, to_nhwc
 
 
@@ -71,7 +71,8 @@ class DeformableAgentAttention(nn.Module):
         rpe_size: tuple[int, int],
     ) -> None:
         super().__init__()
-        if dim % offset_groups or num_heads % offset_groups:
+        check_heads(dim, num_heads)
+        if offset_groups < 1 or dim % offset_groups or num_heads % offset_groups:
             raise ValueError(f"{offset_groups} offset groups must divide the width {dim} and the {num_heads} heads")
         self.num_heads, self.scale = num_heads, dim**-0.5
         self.qkv_conv = QKV(PointwiseConv(dim, 3 * dim))

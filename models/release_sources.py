@@ -91,6 +91,8 @@ class Mirror:
             path = Path(url2pathname(url.path))
             if not path.is_file():
                 raise Unavailable(f"{self} has no {name}")
+            if not os.access(path, os.R_OK):
+                raise Unavailable(f"{self} does not let {name} be read")
             shutil.copyfile(path, target)
         elif url.scheme in ("http", "https"):
             _download(url.geturl(), target, str(self))

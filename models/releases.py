@@ -102,7 +102,7 @@ def find_release(model: str, places: Places | None = None) -> Path:
         for source in (*sources, release.source):
             try:
                 path = source.fetch(release, folder)
-                weights_of(load_checkpoint(path), path)
+                weights_of(load_checkpoint(path), path)  # whether they fit depends on --model_kwargs
                 check_sha256(release, path)
                 return keep_in_cache(path, model)
             except Unavailable as reason:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 import ops
 
-from .attention import BiLevelRoutingAttention, FullAttention, Router
-from .backbone import RELEASE, Backbone, build_variant, default_cfg
+from .attention import BiLevelRoutingAttention, FullAttention, Router, check_heads
+from .backbone import RELEASE, Backbone, build_variant, check_per_stage, default_cfg
 from .layers import DepthwiseConv, Downsampling, MapLinear, PointwiseConv, init_linear, to_nchw, to_nhwc
 
 
@@ -42,6 +42,7 @@ class PooledRoutingAttention(nn.Module):
 
     def __init__(self, dim: int, num_heads: int, n_win: int, topk: int) -> None:
         super().__init__()
+        check_heads(dim, num_heads)
         self.num_heads, self.scale = num_heads, dim**-0.5
         self.qkv_linear = PointwiseConv(dim, 3 * dim)
         self.router = PooledRouter(n_win, topk, scale=1.0)
@@ -201,6 +202,7 @@ class BiFormerSTL(SwinLayout):
         nchw: bool = False,
         **kwargs: Any,
     ) -> None:
+        check_per_stage(embed_dims=embed_dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, topk=topk)
         linear = PointwiseConv if nchw else MapLinear
         routing = PooledRoutingAttention if nchw else BiLevelRoutingAttention
 
@@ -238,6 +240,8 @@ class MaxViTSTL(SwinLayout):
         partition_size: int = 7,
         **kwargs: Any,
     ) -> None:
+        check_per_stage(embed_dims=embed_dims, depths=depths, mlp_ratios=mlp_ratios)
+
         def make_block(i: int, number: int, drop_path: float) -> STLBlock:
             dim, hidden = embed_dims[i], int(embed_dims[i] * mlp_ratios[i])
             attn = PartitionAttention(dim, partition_size, grid=number % 2 == 1)

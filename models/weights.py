@@ -16,7 +16,7 @@ from typing import Any
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from timm.models import adapt_input_conv, clean_state_dict
+from timm.models import adapt_input_conv, clean_state_dict, get_pretrained_cfg
 from torch import Tensor, nn
 
 from errors import UsageError, listed
@@ -169,6 +169,16 @@ def options_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     saved = vars(saved) if isinstance(saved, argparse.Namespace) else saved
     saved = saved if isinstance(saved, dict) else {}
     return {name: saved[name] for name, kind in MODEL_OPTIONS.items() if isinstance(saved.get(name), kind)}
+
+
+def count_classes(weights: Mapping[str, Tensor], model: str, path: str | Path) -> int:
+    """How many classes the classifier in a state dict has. UsageError if it holds none of the model's name."""
+    cfg = get_pretrained_cfg(model, allow_unregistered=True)
+    classifier = cfg.classifier if cfg and isinstance(cfg.classifier, str) else "head"
+    weight = weights.get(f"{classifier}.weight")
+    if weight is None or weight.ndim == 0:
+        raise UsageError(f"{path} holds no classifier of {model} ({classifier}.weight); is it of another model?")
+    return len(weight)
 
 
 def _is_plain(value: Any) -> bool:

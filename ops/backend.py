@@ -28,14 +28,15 @@ _logged: set[str] = set()
 
 
 @contextlib.contextmanager
-def use_backend(name: str) -> Iterator[None]:
-    """Within the block, attentions that are free to choose take this backend."""
+def use_backend(name: str | None) -> Iterator[None]:
+    """Within the block, attentions that are free to choose take this backend; None leaves the choice as it is."""
     before = os.environ.get(ENVIRONMENT)
-    os.environ[ENVIRONMENT] = name
+    if name is not None:
+        os.environ[ENVIRONMENT] = name
     try:
         yield
     finally:
-        del os.environ[ENVIRONMENT]
+        os.environ.pop(ENVIRONMENT, None)
         if before is not None:
             os.environ[ENVIRONMENT] = before
 

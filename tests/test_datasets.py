@@ -4,7 +4,9 @@ import hashlib
 import io
 import json
 import pickle
+import shutil
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from support import CLASSES, SMALL_RUN, command
+from torch.utils.data import IterableDataset
 
 import datasets
 from datasets import Cifar100, Digits, Transformed, build_data, eval_transform
@@ -175,6 +178,39 @@ def test_webdataset_shards(shared_images, tmp_path):
     assert images.shape == (4, 3, 32, 32)
     assert set(targets.tolist()) <= {0, 1, 2, 3}
     assert sum(len(targets) for _, targets in data.val) == 48
+
+
+def test_streams_are_trained_on_in_shares_and_evaluated_whole(tmp_path, monkeypatch):
+    """As timm's readers have them: a length is one process's share, and a split evaluation may miss images."""
+
+    class Stream(IterableDataset):
+        def __init__(self):
+            self.reader = SimpleNamespace(dist_rank=1, dist_num_replicas=2)
+
+        def __iter__(self):
+            return iter(())
+
+        def set_loader_cfg(self, num_workers):
+            pass
+
+        def __len__(self):
+            return 48 // self.reader.dist_num_replicas
+
+    monkeypatch.setattr(datasets, "create_dataset", lambda *args, **kwargs: Stream())
+    options = options_for("--data_set", "wds/images", "--data_path", tmp_path, "--num_classes", 4, "--dist_eval")
+    data = build_data(options, Processes(1, 2), CPU)
+    assert (data.updates, data.total_batch, data.epoch_images) == (6, 8, 48)
+    assert len(data.val.dataset) == 48
+    assert not data.dist_eval
+    options.batch_size = 25
+    with pytest.raises(UsageError, match="does not fill one batch; lower --batch_size"):
+        build_data(options, Processes(1, 2), CPU)
+
+
+def test_evaluating_needs_the_test_images_alone(image_folder):
+    shutil.rmtree(image_folder / "train")
+    data = build_data(options_for("--data_path", image_folder, "--eval"), ALONE, CPU)
+    assert (data.train, data.num_classes, len(data.val.dataset)) == (None, 4, 20)
 
 
 @pytest.mark.parametrize("workers", [0, 2])

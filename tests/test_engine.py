@@ -134,7 +134,7 @@ def test_a_loss_that_is_not_finite_is_placed():
     batches[2][0][0, 0, 0, 0] = float("nan")
     meter = LossMeter(CPU, ALONE)
     train_one_epoch(stepper_of(model), batches, meter, epoch=3, updates=4)
-    with pytest.raises(NonFiniteLoss, match="epoch 3, update 2"):
+    with pytest.raises(NonFiniteLoss, match="epoch 4, update 3"):
         meter.check(3)
 
 

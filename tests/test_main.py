@@ -2,7 +2,6 @@
 
 import json
 import os
-import pty
 import re
 import signal
 import subprocess
@@ -259,6 +258,22 @@ def test_distillation_from_a_teacher(small_options, tmp_path, kind):
     assert taught != untaught
 
 
+def test_a_teacher_has_to_know_the_classes(small_options, monkeypatch):
+    create = timm.create_model
+    options = small_options("--distillation_type", "soft", "--teacher_model", "resnet10t")
+    monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **kwargs: create(name, **kwargs))
+    with pytest.raises(UsageError, match="resnet10t knows 1000 classes, the data has 4; pass the --teacher_path"):
+        main.run(options)
+    options.teacher_model = "resnet10t.no_such_weights"
+
+    def offline(name, **kwargs):
+        raise ConnectionError("Max retries exceeded\nwith url")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(UsageError, match=r"cannot be had \(Max retries exceeded\); pass --teacher_path"):
+        main.build_teacher(options, 4, torch.device("cpu"))
+
+
 def test_compiled_training_agrees(small_options, monkeypatch):
     compile = torch.nn.Module.compile
 
@@ -313,7 +328,7 @@ def test_split_evaluation_prints_the_same_line_for_any_number_of_processes(tmp_p
 # -- ends
 
 
-def test_divergence_stops_with_1_and_keeps_the_last_good_checkpoint(run_small, shared_images, tmp_path):
+def test_divergence_stops_with_1_and_keeps_the_last_good_checkpoint(run_small, shared_images):
     folder = run_small("--epochs", "1")
     before = (folder / LAST).read_bytes()
     run = small_command(
@@ -322,8 +337,26 @@ def test_divergence_stops_with_1_and_keeps_the_last_good_checkpoint(run_small, s
     printed = command(*run)
     assert printed.returncode == 1
     last = printed.stderr.strip().splitlines()[-1]
-    assert re.search(r"main.py: error: the loss is not finite at epoch 1, update \d", last)
+    assert re.match(r"main.py: error: the loss is not finite at epoch 2, update \d;", last)
     assert (folder / LAST).read_bytes() == before
+
+
+def test_weights_that_an_epochs_last_update_broke_are_not_saved(small_options, monkeypatch):
+    """The loss of that update is still good."""
+    main.run(small_options("--epochs", "1"))
+    options, step = small_options("--epochs", "2"), main.Stepper.step
+    before = (main.Path(options.output_dir) / LAST).read_bytes()
+
+    def break_the_last(self, batches, epoch, update, meter):
+        loss = step(self, batches, epoch, update, meter)
+        if update == 5:
+            next(self.model.parameters()).data[0] = torch.inf
+        return loss
+
+    monkeypatch.setattr(main.Stepper, "step", break_the_last)
+    with pytest.raises(NonFiniteLoss, match="the weights are not finite after an update of epoch 2;"):
+        main.run(options)
+    assert (main.Path(options.output_dir) / LAST).read_bytes() == before
 
 
 def test_divergence_is_an_error_in_python_too(small_options):
@@ -357,22 +390,16 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(shared_images, tmp_pat
 
 def test_closing_the_terminal_leaves_a_checkpoint(shared_images, tmp_path):
     run = small_command(shared_images, tmp_path / "run", "--epochs", "1000", "--num_workers", "2")
-    pid, terminal = pty.fork()
-    if pid == 0:
-        os.chdir(ROOT)
-        os.execv(sys.executable, [sys.executable, *map(str, run)])
+    terminal, inside = os.openpty()
+    process = subprocess.Popen(
+        ["setsid", "--ctty", sys.executable, *map(str, run)], cwd=ROOT, stdin=inside, stdout=inside, stderr=inside
+    )
+    os.close(inside)
     shown = b""
     while b"loss" not in shown:
         shown += os.read(terminal, 1 << 16)
     os.close(terminal)
-    end, ended = time.monotonic() + 120, 0
-    while not ended and time.monotonic() < end:
-        time.sleep(0.1)
-        ended, status = os.waitpid(pid, os.WNOHANG)
-    if not ended:
-        os.kill(pid, signal.SIGKILL)
-    assert ended
-    assert os.waitstatus_to_exitcode(status) == 75
+    assert process.wait(timeout=120) == 75
     assert weights(tmp_path / "run")
 
 

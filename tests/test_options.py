@@ -50,6 +50,8 @@ def test_null_switches_a_number_off():
 def test_model_kwargs_become_numbers_lists_and_words():
     options = parse_args(["--model", "x", "--model_kwargs", "depths=2,2,9,3", "n_win=8", "auto_pad=false", "name=a"])
     assert options.model_kwargs == {"depths": [2, 2, 9, 3], "n_win": 8, "auto_pad": False, "name": "a"}
+    options = parse_args(["--model", "x", "--model_kwargs", "depths=[2, 2, 9, 3]", "bra_topk=1,4,16,null"])
+    assert options.model_kwargs == {"depths": [2, 2, 9, 3], "bra_topk": [1, 4, 16, None]}
 
 
 def test_nothing_given_trains_the_small_model_on_digits_and_says_so(capsys):
@@ -90,6 +92,7 @@ def test_every_recipe_loads_and_says_what_it_is(path):
         (["--model", "x", "--eval=perhaps"], ["--eval", "perhaps"]),
         (["--model_kwargs", "n_win"], ["--model_kwargs", "NAME=VALUE"]),
         (["--model_kwargs", "img_size=64"], ["--model_kwargs img_size", "use --input_size"]),
+        (["--model_kwargs", "depths=[2,2"], ["--model_kwargs", "cannot read 'depths=[2,2'"]),
         (["--decay_epochs", "0"], ["--decay_epochs must be at least 1"]),
         (["--opt_betas", "fast"], ["--opt_betas", "numbers"]),
         (["--model", "x", "--scale", "0.1"], ["--scale", "two numbers"]),

@@ -24,6 +24,7 @@ from timm.models import save_for_hf
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from datasets import eval_crop
 from errors import UsageError, exit_on_error
 from models.labels import in_words
 from ops.backend import use_backend
@@ -112,6 +113,7 @@ def export_hf(loaded: Loaded, path: Path) -> float:
     Returns how far the logits of the model that timm builds from it are off.
     """
     size = loaded.options.input_size
+    crop = eval_crop(loaded.options.data_set, size, loaded.options.crop_pct)
     save_for_hf(
         loaded.model,
         path,
@@ -119,7 +121,7 @@ def export_hf(loaded: Loaded, path: Path) -> float:
             "label_names": loaded.labels,
             "label_descriptions": dict(zip(loaded.labels, in_words(loaded.labels), strict=True)),
         },
-        data_config={"input_size": (3, size, size), "crop_pct": loaded.options.crop_pct or 224 / 256},
+        data_config={"input_size": (3, size, size), "crop_pct": crop},
         safe_serialization=True,
     )
     card = MODEL_CARD.format(name=loaded.options.model, size=size, classes=len(loaded.labels))

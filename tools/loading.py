@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import timm
-from torch import Tensor, nn
+from torch import nn
 
-from errors import OneLineParser, UsageError
+from errors import OneLineParser
 from main import build_model, check_model_name
 from models.labels import labels_of
-from models.weights import load_checkpoint, load_weights, options_of, weights_of
+from models.weights import count_classes, load_checkpoint, load_weights, options_of, weights_of
 from options import KeyValues, Options, check_ranges, with_underscores
 
 UNTRAINED = "*** UNTRAINED WEIGHTS: no --checkpoint was given, what the model says is random ***"
@@ -50,7 +50,7 @@ def load_model(
     options.model_kwargs = {**options.model_kwargs, **(model_kwargs or {})}
     if checkpoint:
         weights = weights_of(content, checkpoint, use_ema)
-        model = build_model(options, _count_classes(weights, name, checkpoint))
+        model = build_model(options, count_classes(weights, name, checkpoint))
         load_weights(model, weights, checkpoint)
     else:
         model = build_model(options, 1000)
@@ -62,15 +62,6 @@ def load_model(
 def _native_size(name: str) -> int:
     cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
     return cfg.input_size[-1] if cfg else 224
-
-
-def _count_classes(weights: dict[str, Any], name: str, checkpoint: str) -> int:
-    cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    classifier = cfg.classifier if cfg and isinstance(cfg.classifier, str) else "head"
-    weight = weights.get(f"{classifier}.weight")
-    if not isinstance(weight, Tensor) or weight.ndim == 0:
-        raise UsageError(f"{checkpoint} holds no classifier of {name} ({classifier}.weight); is it of another model?")
-    return weight.shape[0]
 
 
 def model_parser(program: str, description: str) -> OneLineParser:

@@ -3,6 +3,7 @@
 Serves on this machine only, unless told otherwise, and asks nothing of any other. Needs gradio (requirements-demo.txt).
 """
 
+import hashlib
 import os
 import shutil
 import sys
@@ -148,7 +149,7 @@ class Page:
         return self._update(desk, request, lambda desk: desk)
 
     def leave(self, request: gr.Request) -> None:
-        shutil.rmtree(Path(self.folder.name, request.session_hash), ignore_errors=True)
+        shutil.rmtree(self._folder_of(request), ignore_errors=True)
 
     def pick_sample(self, desk: Desk, name: str, request: gr.Request) -> list[Any]:
         return self._update(desk, request, lambda desk: self._other(desk, photo=session.samples()[name]))
@@ -231,9 +232,13 @@ class Page:
             self.head: _head(choice),
         }
 
+    def _folder_of(self, request: gr.Request) -> Path:
+        """A visitor's folder. A session's name is whatever its browser says, and must not be taken for a path."""
+        return Path(self.folder.name, hashlib.sha256(request.session_hash.encode()).hexdigest())
+
     def _report(self, desk: Desk, found: Answer, request: gr.Request) -> Path:
         """Each visitor has one report file, overwritten by the next answer."""
-        folder = Path(self.folder.name, request.session_hash)
+        folder = self._folder_of(request)
         folder.mkdir(exist_ok=True)
         path = folder / "report.html"
         path.write_text(session.report_of(desk.photo, found, list(desk.evidence)), encoding="utf-8")

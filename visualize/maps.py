@@ -5,6 +5,7 @@ A token is addressed by (row, column).
 """
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 import ops
@@ -61,8 +62,9 @@ def _attend_routed(layer: Layer, queries: Tensor, windows: Tensor) -> Tensor:
     keys = ops.to_windows(layer.k[None], layer.n_win)[0]  # (P, w, C)
     p, w, _ = keys.shape
     routed = layer.idx[windows]  # (n, k)
-    gathered = keys[routed].flatten(1, 2).unflatten(-1, (m, -1))  # (n, k*w, m, C/m)
-    weights = torch.einsum("nmc,ntmc->nmt", queries.unflatten(-1, (m, -1)) * layer.scale, gathered).softmax(-1)
+    gathered = rearrange(keys[routed], "n k w (m c) -> n m (k w) c", m=m)
+    by_head = rearrange(queries, "n (m c) -> n m 1 c", m=m)
+    weights = (layer.scale * by_head @ gathered.mT)[:, :, 0].softmax(-1)
     canvas = weights.new_zeros(n, m, p, w)
     canvas.scatter_add_(2, routed[:, None, :, None].expand(-1, m, -1, w), weights.unflatten(-1, (-1, w)))
     height, width = layer.k.shape[:2]
@@ -93,14 +95,14 @@ def agent_reads(layer: AgentLayer) -> Tensor:
 def token_to_agents(layer: AgentLayer) -> Tensor:
     """Every token's attention to the agents, position bias included: (m, H, W, Ha, Wa)."""
     height, width = layer.q.shape[:2]
-    ha, wa = layer.agent_k.shape[:2]
+    wa = layer.agent_k.shape[1]
 
-    def heads(x: Tensor) -> Tensor:  # (y, x, C) -> (m, y*x, C/m)
-        return x.flatten(0, 1).unflatten(-1, (layer.num_heads, -1)).transpose(0, 1)
+    def heads(x: Tensor) -> Tensor:
+        return rearrange(x, "y x (m c) -> m (y x) c", m=layer.num_heads)
 
     bias = ops.relative_position_bias(layer.rpe_table, layer.positions.flatten(0, 1)[None], height, width)[0]
     logits = layer.scale * heads(layer.q) @ heads(layer.agent_k).mT + bias.to(layer.q.dtype)
-    return logits.softmax(-1).unflatten(1, (height, width)).unflatten(-1, (ha, wa))
+    return rearrange(logits.softmax(-1), "m (y x) (ya xa) -> m y x ya xa", x=width, xa=wa)
 
 
 def agent_shares(layer: AgentLayer) -> Tensor:

@@ -16,7 +16,7 @@ from datasets import eval_crop
 from errors import UsageError, did_you_mean
 from models.labels import in_words, labels_of
 from models.releases import find_release
-from models.weights import load_checkpoint, load_weights, options_of, weights_of
+from models.weights import count_classes, load_checkpoint, load_weights, options_of, weights_of
 
 from .capture import Capture, capture, check_readable, time_limit
 from .images import to_tensor, view_of
@@ -89,7 +89,7 @@ def load_subject(name: str | None = None, checkpoint: str | Path | None = None, 
     input_size = args.get("input_size", cfg.input_size[-1])
     if not 1 <= input_size <= MAX_INPUT_SIZE:
         raise UsageError(f"{checkpoint} is for images of {input_size} pixels; at most {MAX_INPUT_SIZE} are shown")
-    num_classes = len(weights["head.weight"]) if "head.weight" in weights else cfg.num_classes
+    num_classes = count_classes(weights, name, checkpoint) if checkpoint else cfg.num_classes
     model = _build(name, num_classes, input_size, args.get("model_kwargs", {}))
     check_readable(model, name)
     if checkpoint:

@@ -13,7 +13,6 @@ from benchmarks.workloads import (
     Case,
     _OnBackend,
     as_linear,
-    backend_environment,
     build_step,
     create,
     forward_flops,
@@ -23,7 +22,7 @@ from benchmarks.workloads import (
 )
 from models import MODEL_NAMES
 from models.layers import DepthwiseConv, MapLinear, PointwiseConv
-from ops.backend import ENVIRONMENT
+from ops.backend import ENVIRONMENT, use_backend
 
 CPU = torch.device("cpu")
 NANO = Case("debiformer_nano", 2, input_size=64)
@@ -79,11 +78,11 @@ def test_only_models_with_this_attention_have_backends():
 
 def test_the_environment_is_as_before(monkeypatch):
     monkeypatch.setenv(ENVIRONMENT, "torch")
-    with backend_environment("reference"):
+    with use_backend("reference"):
         assert os.environ[ENVIRONMENT] == "reference"
     assert os.environ[ENVIRONMENT] == "torch"
     monkeypatch.delenv(ENVIRONMENT)
-    with backend_environment("reference"):
+    with use_backend("reference"):
         pass
     assert ENVIRONMENT not in os.environ
 
@@ -100,7 +99,7 @@ def test_every_backend_is_compiled_for_itself():
     torch.compiler.reset()
     with torch.no_grad():
         for backend in ("torch", "reference"):
-            with backend_environment(backend):
+            with use_backend(backend):
                 torch.compile(_OnBackend(model, backend), backend=keep, fullgraph=True)(torch.randn(1, 3, 64, 64))
     fused, plain = graphs
     assert fused

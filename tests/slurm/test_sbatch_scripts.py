@@ -37,6 +37,9 @@ def wait_for_signal():
 """
 
 
+OUTPUT = ("--output_dir", "out")
+
+
 class Project:
     """A folder with the job scripts and a main.py of the test's choice."""
 
@@ -99,9 +102,18 @@ def test_train_starts_consistent_ranks(project, cluster):
     assert (project.folder / f"train-{job}.out").exists()
 
 
+def test_without_a_folder_for_its_checkpoint_no_job_starts(project, cluster):
+    job = project.submit("train.sbatch", "--model", "debiformer_tiny", nodes=1, main="report()")
+    assert cluster.wait_for_state(job, "COMPLETED", "FAILED") == "FAILED"
+    assert (
+        project.log()
+        == "train.sbatch: error: add --output_dir, where the job finds its checkpoint when it runs again\n"
+    )
+
+
 def test_nproc_overrules_the_number_of_gpus(project, cluster, monkeypatch):
     monkeypatch.setenv("NPROC", "3")
-    job = project.submit("train.sbatch", nodes=1, main="report()")
+    job = project.submit("train.sbatch", *OUTPUT, nodes=1, main="report()")
     assert cluster.wait_for_state(job, "COMPLETED", "FAILED") == "COMPLETED", project.log()
     assert {report["env"]["WORLD_SIZE"] for report in project.reports(3)} == {"3"}
 
@@ -115,7 +127,9 @@ def test_eval_adds_its_flag(project, cluster):
 
 
 def test_exit_code_75_runs_the_job_again(project, cluster):
-    job = project.submit("train.sbatch", "--epochs", "3", nodes=1, main="report(); sys.exit(0 if again else 75)")
+    job = project.submit(
+        "train.sbatch", *OUTPUT, "--epochs", "3", nodes=1, main="report(); sys.exit(0 if again else 75)"
+    )
     assert cluster.wait_for_state(job, "COMPLETED", "FAILED") == "COMPLETED", project.log()
     assert cluster.job(job)["Restarts"] == "1"
     first, second = project.reports(2), project.reports(2, "-again")
@@ -140,7 +154,7 @@ if not again:
     ids=["warning", "preemption"],
 )
 def test_signals_reach_every_rank_and_the_job_runs_again(project, cluster, nodes, scancel, signum):
-    job = project.submit("train.sbatch", nodes=nodes, main=SAVE_AND_LEAVE)
+    job = project.submit("train.sbatch", *OUTPUT, nodes=nodes, main=SAVE_AND_LEAVE)
     project.reports(2 * nodes)
     cluster.call("scancel", *scancel, str(job))
     assert cluster.wait_for_state(job, "COMPLETED", "FAILED") == "COMPLETED", project.log()
@@ -151,7 +165,7 @@ def test_signals_reach_every_rank_and_the_job_runs_again(project, cluster, nodes
 
 
 def test_cancelled_job_saves_and_stays_cancelled(project, cluster):
-    job = project.submit("train.sbatch", main=SAVE_AND_LEAVE)
+    job = project.submit("train.sbatch", *OUTPUT, main=SAVE_AND_LEAVE)
     project.reports(4)
     cluster.call("scancel", str(job))
     cluster.wait_for_state(job, "CANCELLED")
@@ -163,7 +177,7 @@ def test_cancelled_job_saves_and_stays_cancelled(project, cluster):
 @pytest.mark.parametrize(("end", "code"), [("sys.exit(3)", 3), ("os.kill(os.getpid(), signal.SIGKILL)", 137)])
 def test_failure_is_not_run_again(project, cluster, end, code):
     main = f"if os.environ['RANK'] == '1': {end}\nwait_for_signal()"
-    job = project.submit("train.sbatch", nodes=1, main=main)
+    job = project.submit("train.sbatch", *OUTPUT, nodes=1, main=main)
     assert cluster.wait_for_state(job, "COMPLETED", "FAILED") == "FAILED"
     assert cluster.job(job)["ExitCode"] == f"{code}:0"
     assert cluster.job(job)["Restarts"] == "0"
