@@ -239,9 +239,8 @@ def show_notices(processes: Processes) -> None:
     """Have the main process print what modules log for users to know: which backend the attention runs on."""
     logger = logging.getLogger("ops")
     logger.setLevel(logging.INFO if processes.is_main else logging.WARNING)
-    if not logger.handlers:
+    if not logger.hasHandlers():  # Hydra has its own
         logger.addHandler(_Notices())
-        logger.propagate = False
 
 
 @_writing()

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import pathlib
 import pickletools
 import re
@@ -39,6 +40,9 @@ SAFE_CLASSES = [
 
 NESTS = ("model", "state_dict")
 """Where in a checkpoint the weights are."""
+
+MODEL_OPTIONS = {"model": str, "model_kwargs": dict, "input_size": int, "crop_pct": float, "data_set": str}
+"""Options of a training, with their types, that say what its model is and what its images look like."""
 
 LARGEST_EXPANSION = 4
 """torch.save does not compress: an archive that claims to hold more than this many times its own size is a trap."""
@@ -83,7 +87,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 def _read(path: Path) -> Any:
     if path.suffix == ".safetensors":
-        return safetensors.torch.load_file(path)
+        return _read_safetensors(path)
     if zipfile.is_zipfile(path):
         _check_archive(path)
     elif tarfile.is_tarfile(path):
@@ -94,6 +98,18 @@ def _read(path: Path) -> Any:
     with torch.serialization.safe_globals(SAFE_CLASSES), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _read_safetensors(path: Path) -> dict[str, Any]:
+    """The weights, with the options and class names that tools/export.py writes into the metadata if they are there."""
+    weights = safetensors.torch.load_file(path)
+    with safetensors.safe_open(path, "pt") as file:
+        metadata = file.metadata() or {}
+    described = {}
+    for name in (*MODEL_OPTIONS, "classes"):
+        with contextlib.suppress(KeyError, ValueError):  # of other programs, not JSON
+            described[name] = json.loads(metadata[name])
+    return {"model": weights, "classes": described.pop("classes", None), "args": described} if described else weights
 
 
 def _check_archive(path: Path) -> None:
@@ -154,10 +170,6 @@ def weights_of(checkpoint: Mapping[str, Any], path: str | Path, ema: bool = Fals
         expected = f"expected tensors by name, in {' or '.join(map(repr, NESTS))} or by themselves"
         raise UsageError(f"{path} holds no weights: {expected}; its keys: {_shown(checkpoint) or 'none'}")
     return clean_state_dict(weights)
-
-
-MODEL_OPTIONS = {"model": str, "model_kwargs": dict, "input_size": int, "crop_pct": float, "data_set": str}
-"""Options of a training, with their types, that say what its model is and what its images look like."""
 
 
 def options_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -70,8 +70,8 @@ def _choose(requested: str | None, device: torch.device, dtype: torch.dtype, siz
     if requested is not None:
         _log_once(f"attention backend: {requested} ({asker})")
         return requested
-    if device.type != "cuda" and not obstacle:
-        obstacle = "Triton's interpreter runs only when asked for"
+    if device.type != "cuda":
+        obstacle = "Triton is for GPUs"  # its interpreter runs only when asked for
     name, reason = ("torch", obstacle) if obstacle else ("triton", "fastest here")
     _log_once(f"attention backend: {name} ({reason})")
     return name

@@ -89,15 +89,16 @@ def export_onnx(loaded: Loaded, path: Path) -> float:
 
 
 def export_safetensors(loaded: Loaded, path: Path) -> float:
-    """Write the weights; the file's metadata holds the model's name, arguments, image size and classes as JSON.
+    """Write the weights; the file's metadata holds the model's name, arguments, image size, crop and classes as JSON.
 
-    Returns how far the logits of the weights in the file are off.
+    `models.weights.load_checkpoint` brings them back. Returns how far the logits of the weights in the file are off.
     """
     options = loaded.options
     description = {
         "model": options.model,
         "model_kwargs": options.model_kwargs,
         "input_size": options.input_size,
+        "crop_pct": eval_crop(options.data_set, options.input_size, options.crop_pct),
         "classes": loaded.labels,
     }
     weights = {name: value.contiguous() for name, value in loaded.model.state_dict().items()}

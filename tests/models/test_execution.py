@@ -109,6 +109,19 @@ def test_compiled_model_gives_the_golden_logits():
     assert relative_error(out, load("debiformer_tiny_224")["logits"]) < 1e-9
 
 
+@pytest.mark.slow
+def test_compiled_training_gives_the_gradients():
+    torch._dynamo.reset()
+    model = nano(num_classes=4, depths=(1, 1, 1, 1)).train()
+    x = torch.randn(2, 3, 64, 64, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    gradients = []
+    for run in (model, torch.compile(model, fullgraph=True, dynamic=False)):
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(run(x), torch.tensor([1, 3])).backward()
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert relative_error(gradients[1], gradients[0]) < 1e-12
+
+
 # -- padding ------------------------------------------------------------------------------------------------------
 
 

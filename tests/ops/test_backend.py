@@ -35,17 +35,13 @@ def test_the_automatic_choice_is_logged_once_with_its_reason(messages, monkeypat
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for _ in range(3):
         attend()
-    assert messages() == [
-        "attention backend: torch (Triton does not run on cpu tensors (with TRITON_INTERPRET=1, slowly, on cpu))"
-    ]
-    attend(torch.float64)
-    assert messages()[1:] == ["attention backend: torch (it computes in float32, bfloat16 and float16, not in float64)"]
+    assert messages() == ["attention backend: torch (Triton is for GPUs)"]
 
 
 def test_the_interpreter_is_never_chosen_by_itself(messages, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     attend()
-    assert messages() == ["attention backend: torch (Triton's interpreter runs only when asked for)"]
+    assert messages() == ["attention backend: torch (Triton is for GPUs)"]
 
 
 @pytest.mark.gpu
@@ -94,7 +90,7 @@ def test_triton_on_the_cpu_is_refused_without_its_interpreter(monkeypatch):
 def test_large_heads_and_double_precision_go_to_torch_by_themselves(messages):
     attend(head_dim=129)
     attend(torch.float64)
-    assert [message.split()[2] for message in messages()] == ["torch", "torch"]
+    assert {message.split()[2] for message in messages()} == {"torch"}
 
 
 @pytest.mark.parametrize("device", [CUDA if torch.cuda.is_available() else "cpu"])

@@ -90,6 +90,9 @@ def test_safetensors_load_into_timm(checkpoint, tmp_path):
     assert torch.equal(twin.eval()(images), loaded.model(images))
     weights = weights_of(torch.load(checkpoint, weights_only=True), checkpoint)
     assert all(torch.equal(value, weights[name]) for name, value in twin.state_dict().items())
+    again = load_model("debiformer_nano", str(path))
+    assert (again.labels, again.options.input_size) == (list(CLASSES), 32)
+    assert torch.equal(again.model(images), loaded.model(images))
 
 
 # -- Hugging Face
