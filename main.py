@@ -127,7 +127,7 @@ def train(options: Options, processes: Processes, device: torch.device) -> dict[
     )
     if resumed is not None:
         state.restore(*resumed)
-        if data.streamed and state.position < data.epoch_images:
+        if data.streamed and 0 < state.position < data.epoch_images:
             state.position = 0
             state.history.forget_epoch(state.epoch)
             say("Streamed data cannot be entered midway: the epoch begins again")

@@ -100,6 +100,18 @@ class Visit:
         self.settle()
         return self.panels()
 
+    def download_report(self, folder):
+        """Click for the report and save it. On a busy machine Chromium cancels a download now and then: click again."""
+        for _ in range(3):
+            with self.page.expect_download() as download:
+                self.page.click("#download")
+            reason = download.value.failure()
+            if reason is None:
+                path = folder / download.value.suggested_filename
+                download.value.save_as(path)
+                return path
+        raise AssertionError(reason)
+
     def close(self):
         self.context.close()
         assert self.complaints == []
@@ -165,11 +177,8 @@ def test_from_a_sample_to_the_report(visit, tmp_path):
     page.click("#stage label:has-text('1')")
     shown = one.until_changed(shown)
 
-    with page.expect_download() as download:
-        page.click("#download")
-    path = tmp_path / download.value.suggested_filename
+    path = one.download_report(tmp_path)
     assert path.suffix == ".html"
-    download.value.save_as(path)
     report = one.context.new_page()
     asked = []
     report.on("request", lambda request: asked.append(request.url))
@@ -246,11 +255,9 @@ def test_nothing_overlaps(visit, tmp_path, width, scheme):
     assert overlaps(one.page) == []
     assert not scrolls_sideways(one.page)
 
-    with one.page.expect_download() as download:
-        one.page.click("#download")
-    download.value.save_as(tmp_path / "report.html")
+    path = one.download_report(tmp_path)
     report = one.context.new_page()
-    report.goto((tmp_path / "report.html").as_uri())
+    report.goto(path.as_uri())
     assert overlaps(report) == []
     assert not scrolls_sideways(report)
     page_colour = report.evaluate("getComputedStyle(document.body).backgroundColor")
