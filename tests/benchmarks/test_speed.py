@@ -25,6 +25,7 @@ def run(tmp_path, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_everything_is_measured_and_written(run):
     out, folder = run("--modes", "eager", "fused", "--backends", "torch", "reference", "--input_size", "64")
     result = json.loads((folder / "speed-cpu.json").read_text())
