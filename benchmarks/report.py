@@ -21,6 +21,7 @@ TITLES = {
     "speed": "Throughput and memory",
     "accuracy": "Throughput of all sizes beside published accuracy",
     "resolution": "Time and memory against resolution",
+    "deterministic": "What deterministic algorithms cost",
     "topk": "Time and memory against the number of routed windows",
 }
 

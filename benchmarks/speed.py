@@ -4,6 +4,7 @@ python -m benchmarks.speed                       throughput, memory, the floor o
 python -m benchmarks.speed --sweep accuracy      inference of all sizes, beside published accuracy
 python -m benchmarks.speed --sweep resolution    time and memory up to 1344x1344 pixels
 python -m benchmarks.speed --sweep topk          time and memory against the routed windows k, per backend
+python -m benchmarks.speed --sweep deterministic what torch.use_deterministic_algorithms costs
 python -m benchmarks.speed --write               also writes benchmarks/results/ and draws docs/images/
 
 Steps are timed one model after the other, round and round; the median counts. A training step is forward,
@@ -15,6 +16,7 @@ convolutions and matrix products of the model reach; a training step counts thre
 import argparse
 import dataclasses
 import itertools
+import os
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -40,7 +42,7 @@ SIZE_MATES = (
 )
 RESOLUTIONS = (224, 448, 672, 896, 1120, 1344)
 TOPK = (1, 2, 4, 8, 16, 32, 49)
-SWEEPS = ("accuracy", "resolution", "topk")
+SWEEPS = ("accuracy", "resolution", "topk", "deterministic")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +140,8 @@ def plan(args: argparse.Namespace, device: torch.device) -> list[Case]:
         models, tasks = SIZE_MATES, ("inference",)
     elif args.sweep == "resolution":
         models, sizes, batch_size = ("debiformer_tiny", "convnext_tiny"), RESOLUTIONS, 1
+    elif args.sweep == "deterministic":
+        models, modes = ("debiformer_tiny",), ("eager", "deterministic")
     elif args.sweep == "topk":
         models, backends = ("debiformer_tiny",), backends or [*resolve_backends(None, device, dtype), "reference"]
         variants = [topk_arguments(name, k) for name in (args.models or models)[:1] for k in args.topk]
@@ -154,8 +158,12 @@ def plan(args: argparse.Namespace, device: torch.device) -> list[Case]:
 
 
 def rounds(cases: Sequence[Case]) -> Iterator[list[Case]]:
-    """Cases to be timed in turn: all of one task, mode and size."""
-    for _, group in itertools.groupby(cases, lambda case: (case.input_size, case.task, case.mode)):
+    """Cases to be timed in turn: all of one task, mode and size; the deterministic ones with the eager ones."""
+
+    def setting(case: Case) -> tuple[int, str, str]:
+        return case.input_size, case.task, "eager" if case.mode == "deterministic" else case.mode
+
+    for _, group in itertools.groupby(cases, setting):
         yield list(group)
 
 
@@ -188,6 +196,7 @@ def measure_cases(
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything asked for, as one dictionary that JSON takes."""
     check(args)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
     device = utils.choose_device(args.device, utils.Processes())
     torch.set_num_threads(args.threads)
     cases = plan(args, device)

@@ -20,7 +20,7 @@ from .measure import DTYPES, interleaved_seconds
 from .model_table import count_macs
 
 TASKS = ("inference", "training")
-MODES = ("eager", "fused", "compiled")
+MODES = ("eager", "deterministic", "fused", "compiled")
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,8 @@ class Case:
     """One thing to measure.
 
     backend: of this project's attention; None for models that have none. dtype: "fp32", "bf16" or "fp16"; of the
-    weights in inference, of autocast in training. mode: "eager", "fused" (`models.fuse`) or "compiled".
+    weights in inference, of autocast in training. mode: "eager", "deterministic" (the same, by
+    deterministic algorithms alone), "fused" (`models.fuse`) or "compiled".
     model_kwargs: arguments of the model besides its size.
     """
 
@@ -78,8 +79,12 @@ def build_step(case: Case, device: torch.device) -> Callable[[], None]:
     step = make(model, images, case)
 
     def on_backend() -> None:
-        with use_backend(case.backend):
-            step()
+        torch.use_deterministic_algorithms(case.mode == "deterministic")
+        try:
+            with use_backend(case.backend):
+                step()
+        finally:
+            torch.use_deterministic_algorithms(False)
 
     return on_backend
 

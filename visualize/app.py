@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -237,11 +238,16 @@ class Page:
         return Path(self.folder.name, hashlib.sha256(request.session_hash.encode()).hexdigest())
 
     def _report(self, desk: Desk, found: Answer, request: gr.Request) -> Path:
-        """Each visitor has one report file, overwritten by the next answer."""
+        """Each visitor has one report file, overwritten by the next answer.
+
+        Gradio keeps one copy of files with the same content, from the first time on, and deletes old ones: the time
+        inside makes every report a young file.
+        """
         folder = self._folder_of(request)
         folder.mkdir(exist_ok=True)
         path = folder / "report.html"
-        path.write_text(session.report_of(desk.photo, found, list(desk.evidence)), encoding="utf-8")
+        text = session.report_of(desk.photo, found, list(desk.evidence))
+        path.write_text(f"{text}\n<!-- {time.time_ns()} -->\n", encoding="utf-8")
         return path
 
 

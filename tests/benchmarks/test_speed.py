@@ -4,6 +4,7 @@ import json
 
 import pytest
 import timm
+import torch
 from support import ROOT, command
 
 from benchmarks import report, speed
@@ -64,6 +65,13 @@ def test_time_and_memory_against_routed_windows(run):
     ]
     assert rows[-1]["flops"] > rows[0]["flops"]
     assert (folder / "topk-cpu.png").exists()
+
+
+def test_what_deterministic_algorithms_cost(run):
+    _, folder = run("--sweep", "deterministic", "--tasks", "training", "--input_size", "64", "--no_memory")
+    rows = json.loads((folder / "deterministic-cpu.json").read_text())["rows"]
+    assert [(row["mode"], row["backend"]) for row in rows] == [("eager", "torch"), ("deterministic", "torch")]
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_the_plot_of_accuracy_knows_every_model_of_its_sweep():
