@@ -21,6 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main
 from checkpoint import BEST, LAST
 from errors import NonFiniteLoss, Stopped, UsageError
+from models import DeBiFormer
 from models.weights import load_checkpoint
 from utils import Processes, Request, Requests
 
@@ -289,6 +290,19 @@ def test_compiled_training_agrees(small_options, monkeypatch):
         main.run(options)
         folders.append(main.Path(options.output_dir))
     torch.testing.assert_close(weights(folders[0]), weights(folders[1]), rtol=1e-2, atol=1e-3)
+
+
+def test_compiled_evaluation_agrees(run_small, small_options, monkeypatch):
+    folder, compiled = run_small("--epochs", "1"), []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: compiled.append((type(self), kwargs)))
+    for switch in ("--no_compile", "--compile"):
+        main.run(small_options("--eval", "--resume", str(folder / BEST), switch))
+    assert compiled == [(DeBiFormer, {"dynamic": False})]
+
+
+def test_the_backend_of_the_attention_is_told_once(shared_images, tmp_path):
+    printed = command(*small_command(shared_images, tmp_path / "run", "--epochs", "2"))
+    assert printed.stderr.splitlines().count("attention backend: torch (Triton is for GPUs)") == 1
 
 
 # -- processes

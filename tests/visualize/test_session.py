@@ -255,3 +255,14 @@ def test_mistakes_at_the_start_are_sentences(argv, words, capsys):
     assert end.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert words in line
+
+
+def test_what_a_browser_calls_its_session_is_no_path(page, tmp_path):
+    """The report stays in the page's folder, and leaving removes nothing else."""
+    (tmp_path / "kept.txt").write_text("mine")
+    visitor = Visitor(page, str(tmp_path))
+    assert Path(visitor.sees[page.download]).parent.parent == Path(page.folder.name)
+    page.leave(visitor.request)
+    assert not Path(visitor.sees[page.download]).exists()
+    assert (tmp_path / "kept.txt").read_text() == "mine"
+    assert not (tmp_path / "report.html").exists()
