@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from errors import UsageError, listed
-from models.weights import load_checkpoint, load_weights, weights_of
+from models.weights import check_fit, load_checkpoint, load_weights, weights_of
 
 LAST, PREVIOUS, BEST = "checkpoint.pth", "checkpoint.previous.pth", "best.pth"
 
@@ -60,6 +60,7 @@ class TrainingState:
         if changed and checkpoint["position"]:
             changes = ", ".join(f"{name} was {checkpoint['data'].get(name)}, is {self.data[name]}" for name in changed)
             raise UsageError(f"{path} stands midway an epoch whose order of images would change: {changes}")
+        check_fit(self.model, weights_of(checkpoint, path), path)
         # The optimizer's memory is the checkpoint's; its rates and decays are this run's options'.
         groups = self.optimizer.state_dict()["param_groups"]
         saved = checkpoint["optimizer"]

@@ -265,6 +265,8 @@ def in_one_line(error: Exception) -> str:
     if unknown is None:
         return f"{first} ({cause})" if cause else first
     name = unknown[1] or unknown[2]
+    if name == "model_kwargs":
+        return "write +model_kwargs.NAME=VALUE, one for each argument of the model"
     if name in ("slurm", "recipe") or name.startswith(("slurm.extra.", "model_kwargs.")):
         return f"write a plus before {name}: +{name}=..."
     return unknown_option(name.rpartition(".")[2])

@@ -1,6 +1,7 @@
 """Train and evaluate: python main.py --help."""
 
 import os
+import sys
 import tempfile
 import time
 import warnings
@@ -25,7 +26,14 @@ from engine import LossMeter, Precision, Stepper, check_weights, evaluate, norma
 from errors import Stopped, UsageError, did_you_mean, exit_on_error
 from eval_sets import TITLES, open_eval_set
 from models.releases import Places, find_release
-from models.weights import checkpoint_filter_fn, load_checkpoint, load_to_finetune, load_weights, weights_of
+from models.weights import (
+    checkpoint_filter_fn,
+    load_checkpoint,
+    load_to_finetune,
+    load_weights,
+    options_of,
+    weights_of,
+)
 from optim_factory import build_loss, build_optimizer, build_scheduler
 from options import Options, mixing, parse_args, to_plain
 from run_log import Progress, RunLog, describe, report, show_notices, summarise, write_options
@@ -58,8 +66,11 @@ def evaluate_only(options: Options, processes: Processes, device: torch.device) 
         path = release_of(options, model)
         load_weights(model, checkpoint_filter_fn(read_weights(options, path), model), path)
     elif options.resume:
-        weights = checkpoint_filter_fn(read_weights(options, options.resume), model)
+        content = load_checkpoint(options.resume)
+        weights = checkpoint_filter_fn(weights_of(content, options.resume, options.use_ema), model)
         load_weights(model, weights, options.resume)
+        if processes.is_main:
+            tell_other_images(options, options_of(content))
     elif processes.is_main:
         print("Neither --resume nor --load_release given: these are untrained weights")
     if options.fuse:
@@ -71,6 +82,14 @@ def evaluate_only(options: Options, processes: Processes, device: torch.device) 
     metrics = evaluate(model, data.val, precision, processes, data.dist_eval, among=among)
     report(metrics, processes, f"{TITLES[options.eval_set]}: " if other else "")
     return metrics
+
+
+def tell_other_images(options: Options, trained: dict[str, Any]) -> None:
+    """Print how the images differ from those of the checkpoint's training, which may be meant, or forgotten."""
+    names = [name for name in ("input_size", "crop_pct") if name in trained and trained[name] != getattr(options, name)]
+    if names:
+        there, here = (" ".join(f"--{n} {of[n]}" for n in names) for of in (trained, vars(options)))
+        print(f"note: trained with {there}, evaluated with {here}", file=sys.stderr, flush=True)
 
 
 def train(options: Options, processes: Processes, device: torch.device) -> dict[str, Any]:

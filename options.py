@@ -462,7 +462,7 @@ class KeyValues(argparse.Action):
             try:
                 result[name] = _plain_value(f"[{text}]" if "," in text and not text.startswith("[") else text)
             except (OmegaConfBaseException, YAMLError):
-                parser.error(f"argument {option_string}: cannot read {item!r}")
+                parser.error(f"argument {option_string}: cannot read {item!r}; write lists as depths=2,2,9,3")
         setattr(namespace, self.dest, result)
 
 

@@ -28,6 +28,8 @@ class Router(nn.Module):
 
     def __init__(self, n_win: int, topk: int, scale: float) -> None:
         super().__init__()
+        if n_win < 1:
+            raise ValueError(f"n_win must be at least 1, not {n_win}")
         if not 1 <= topk <= n_win**2:
             raise ValueError(f"top-k must lie in 1..{n_win**2} ({n_win}x{n_win} windows), not {topk}")
         self.n_win, self.topk, self.scale = n_win, topk, scale

@@ -106,6 +106,7 @@ def test_released_weights_are_evaluated(shared_images, tmp_path):
         (["+slurm=example", "slurm.ddp_comm_mode=file"], ["slurm.share_root"]),
         (["+recipe=huge"], ["no recipe 'huge'", "debiformer_small"]),
         (["amp=fp8"], ["--amp"]),
+        (["model_kwargs={depths:[2,2]}"], ["write +model_kwargs.NAME=VALUE"]),
         (["output_dir=/proc/run"], ["cannot write to /proc/run"]),
     ],
 )

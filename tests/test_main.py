@@ -292,6 +292,20 @@ def test_compiled_training_agrees(small_options, monkeypatch):
     torch.testing.assert_close(weights(folders[0]), weights(folders[1]), rtol=1e-2, atol=1e-3)
 
 
+def test_going_on_with_another_architecture_is_refused_for_that(run_small, small_options):
+    run_small("--epochs", "1")
+    with pytest.raises(UsageError, match=r"checkpoint has 1 block in stage 3, debiformer_nano has 2"):
+        main.run(small_options("--epochs", "2", "--model_kwargs", "embed_dims=16,32,48,64", "depths=1,1,2,1"))
+
+
+def test_evaluating_other_images_than_trained_on_is_told(run_small, small_options, capsys):
+    best = str(run_small("--epochs", "1") / BEST)
+    main.run(small_options("--eval", "--resume", best))
+    assert "note:" not in capsys.readouterr().err
+    main.run(small_options("--eval", "--resume", best, "--input_size", "64", "--crop_pct", "0.5"))
+    assert "note: trained with --input_size 32" in capsys.readouterr().err
+
+
 def test_compiled_evaluation_agrees(run_small, small_options, monkeypatch):
     folder, compiled = run_small("--epochs", "1"), []
     monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kwargs: compiled.append((type(self), kwargs)))

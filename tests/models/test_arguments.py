@@ -22,6 +22,7 @@ import models  # noqa: F401
         ("debiformer_nano", {"offset_groups": (1, 0, 3, 4)}, "0 offset groups must divide"),
         ("biformer_tiny", {"num_heads": (2, 4, 8, 9)}, "9 heads do not divide the width 512"),
         ("biformer_tiny", {"topk": (1, 4, 50, None)}, r"top-k must lie in 1..49"),
+        ("debiformer_nano", {"n_win": 0}, "n_win must be at least 1, not 0"),
         ("biformer_stl_nchw", {"num_heads": (0, 6, 12, 8)}, "0 heads do not divide the width 96"),
     ],
 )
