@@ -60,13 +60,14 @@ class TrainingState:
         if changed and checkpoint["position"]:
             changes = ", ".join(f"{name} was {checkpoint['data'].get(name)}, is {self.data[name]}" for name in changed)
             raise UsageError(f"{path} stands midway an epoch whose order of images would change: {changes}")
-        check_fit(self.model, weights_of(checkpoint, path), path)
+        weights = weights_of(checkpoint, path)
+        check_fit(self.model, weights, path)
         # The optimizer's memory is the checkpoint's; its rates and decays are this run's options'.
         groups = self.optimizer.state_dict()["param_groups"]
         saved = checkpoint["optimizer"]
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved["param_groups"]]:
             raise UsageError(f"{path}: its optimizer groups the parameters otherwise; use its --opt and --layer_decay")
-        load_weights(self.model, weights_of(checkpoint, path), path)
+        self.model.load_state_dict(weights)
         if self.model_ema is not None:
             load_weights(self.model_ema, weights_of(checkpoint, path, ema="model_ema" in checkpoint), path)
         self.optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})
