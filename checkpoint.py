@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from errors import UsageError, listed
-from models.weights import check_fit, load_checkpoint, load_weights, weights_of
+from models.weights import WeightsError, check_fit, load_checkpoint, load_weights, weights_of
 
 LAST, PREVIOUS, BEST = "checkpoint.pth", "checkpoint.previous.pth", "best.pth"
 
@@ -125,7 +125,7 @@ def load_latest(folder: Path) -> tuple[dict[str, Any], Path] | None:
     for path in candidates:
         try:
             return load_checkpoint(path), path
-        except UsageError as error:
+        except WeightsError as error:
             if path == candidates[-1]:
                 raise
             print(f"warning: {error}; falling back to {PREVIOUS}", file=sys.stderr, flush=True)

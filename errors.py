@@ -14,7 +14,7 @@ class UsageError(ValueError):
     def __init__(self, message: str) -> None:
         # A DataLoader worker re-raises with its traceback as the message: keep the sentence meant for the user.
         sentence = message.rsplit("UsageError: ", 1)[-1].strip()
-        super().__init__(" ".join(sentence.splitlines()))  # names in a damaged file may hold line breaks
+        super().__init__(printable(" ".join(sentence.splitlines()), most=2000))
 
 
 class NonFiniteLoss(RuntimeError):
@@ -33,19 +33,22 @@ class Stopped(RuntimeError):
 
 
 EXIT_CODES = {UsageError: 2, NonFiniteLoss: 1, Stopped: 75}
-"""75 is EX_TEMPFAIL: try again."""
+"""75 is EX_TEMPFAIL: try again. Exceptions of other modules may bring their own as `exit_code`."""
 
 
 def exit_on_error(program: str, main: Callable[[], object]) -> None:
-    """Run `main`; the errors of this module end the process with one line on stderr instead of a traceback."""
+    """Run `main`; errors with an exit code end the process with one line on stderr instead of a traceback."""
     try:
         main()
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGINT)
-    except tuple(EXIT_CODES) as error:
+    except Exception as error:
+        code = EXIT_CODES.get(type(error), getattr(error, "exit_code", None))
+        if code is None:
+            raise
         print(f"{program}: {'' if isinstance(error, Stopped) else 'error: '}{error}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_CODES[type(error)])
+        sys.exit(code)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -53,6 +56,13 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def printable(name: object, most: int = 80) -> str:
+    """A name out of a file as text for a terminal: control characters escaped, cut to `most` characters."""
+    text = str(name)[: most + 1]
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return text if len(text) <= most else f"{text[: most - 1]}…"
 
 
 def listed(names: Iterable[object], most: int = 3) -> str:

@@ -25,8 +25,9 @@ from datasets import Data, build_data
 from engine import LossMeter, Precision, Stepper, check_weights, evaluate, normalized, train_one_epoch
 from errors import Stopped, UsageError, did_you_mean, exit_on_error
 from eval_sets import TITLES, open_eval_set
-from models.releases import Places, find_release
+from models.arguments import check_arguments
 from models.weights import (
+    WeightsError,
     checkpoint_filter_fn,
     load_checkpoint,
     load_to_finetune,
@@ -34,6 +35,7 @@ from models.weights import (
     options_of,
     weights_of,
 )
+from models.weights.releases import Places, find_release
 from optim_factory import build_loss, build_optimizer, build_scheduler
 from options import Options, mixing, parse_args, to_plain
 from run_log import Progress, RunLog, describe, report, show_notices, summarise, write_options
@@ -54,7 +56,10 @@ def run(options: Options) -> dict[str, Any]:
     utils.seed_everything(options.seed)
     show_notices(processes)
     with utils.process_group(processes, device, options.dist_url, COLLECTIVE_TIMEOUT):
-        return (evaluate_only if options.eval else train)(options, processes, device)
+        try:
+            return (evaluate_only if options.eval else train)(options, processes, device)
+        except WeightsError as error:
+            raise UsageError(str(error)) from error
 
 
 def evaluate_only(options: Options, processes: Processes, device: torch.device) -> dict[str, Any]:
@@ -298,6 +303,7 @@ def build_model(options: Options, num_classes: int) -> nn.Module:
     ours = timm.models.is_model_in_modules(options.model, ("debiformer", "biformer", "stl"))
     sized = ours or bool(cfg and cfg.fixed_input_size)
     try:
+        check_arguments(options.model, options.model_kwargs)
         return timm.create_model(
             options.model,
             num_classes=num_classes,
@@ -306,7 +312,7 @@ def build_model(options: Options, num_classes: int) -> nn.Module:
             **({"img_size": options.input_size} if sized else {}),
             **options.model_kwargs,
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise UsageError(f"--model {options.model}: {error}") from error
 
 
@@ -357,7 +363,7 @@ def build_teacher(options: Options, num_classes: int, device: torch.device) -> n
     else:
         try:
             teacher = timm.create_model(name, pretrained=True)
-        except UsageError:
+        except WeightsError:
             raise
         except Exception as error:  # whatever the library that downloads makes of a lost connection
             reason = (str(error) or type(error).__name__).splitlines()[0]

@@ -18,8 +18,9 @@ import timm
 
 from errors import OneLineParser, UsageError, exit_on_error
 from main import COLLECTIVE_TIMEOUT, run
-from models.release_sources import sha256_of
-from models.releases import RELEASES, Places, find_release, here
+from models.weights import WeightsError
+from models.weights.releases import RELEASES, Places, find_release, here
+from models.weights.sources import sha256_of
 from options import Options, parse_args
 from utils import choose_device, find_processes, process_group
 
@@ -49,7 +50,7 @@ def measure(model: str, argv: Sequence[str]) -> tuple[str, str, str]:
     data = Path(options.data_path).exists() if options.data_path else options.data_set != "IMNET"
     try:
         path = find_release(model, places) if data else here(RELEASES[model], places)
-    except UsageError as error:
+    except WeightsError as error:
         path = None
         print(f"{model}: {error}", file=sys.stderr)
     missing = [name for name, found in {"weights": path, "data": data}.items() if not found]

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from errors import exit_on_error
 from models import MODEL_NAMES
-from models.releases import RELEASES
+from models.weights.releases import RELEASES
 from utils import count_parameters
 
 from .markdown import print_or_write, table

@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 
-from models.releases import RELEASES
+from models.weights.releases import RELEASES
 
 from .measure import machine_line
 

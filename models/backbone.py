@@ -18,7 +18,7 @@ from .layers import Downsampling
 from .weights import checkpoint_filter_fn, load_checkpoint, load_to_finetune, weights_of
 
 RELEASE = "release:"
-"""How the url of a variant begins whose weights models/releases.py finds; the variant's name follows."""
+"""How the url of a variant begins whose weights weights/releases.py finds; the variant's name follows."""
 
 STRIDES = (4, 8, 16, 32)
 POSITION_TABLES = ("rpe_table", "relative_position_bias_table")
@@ -196,7 +196,7 @@ class Backbone(nn.Module):
 
     @torch.jit.ignore
     def load_pretrained(self, path: str) -> None:
-        """Load a release; timm calls this for a file with custom_load. UsageError if it is not of this model."""
+        """Load a release; timm calls this for a file with custom_load. WeightsError if it is not of this model."""
         load_to_finetune(self, weights_of(load_checkpoint(path), path), path)
 
     def forward_stage(self, stage: int, x: Tensor) -> Tensor:
@@ -272,7 +272,7 @@ def build_variant(model_class: type[Backbone], variant: str, pretrained: bool, *
     if pretrained:
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
         if (cfg.url or "").startswith(RELEASE) and not (cfg.source or cfg.state_dict or cfg.file or cfg.hf_hub_id):
-            from .releases import find_release  # a command of its own: not to be imported whenever models is
+            from .weights.releases import find_release  # what downloads takes long to import
 
             found = {"file": str(find_release(cfg.url.removeprefix(RELEASE))), "custom_load": True}
             kwargs["pretrained_cfg_overlay"] = {**(kwargs.get("pretrained_cfg_overlay") or {}), **found}

@@ -6,12 +6,15 @@ from typing import Any
 
 from timm.data import ImageNetInfo
 
+from .weights.errors import printable
+
 
 def labels_of(checkpoint: Mapping[str, Any], num_classes: int) -> list[str]:
     """The class names in a checkpoint; where it has none that fit, ImageNet's synsets for 1000 classes, or numbers."""
     classes = checkpoint.get("classes")
-    if isinstance(classes, list | tuple) and len(classes) == num_classes:
-        return list(map(str, classes))
+    named = isinstance(classes, list | tuple) and all(isinstance(label, str | int) for label in classes)
+    if named and len(classes) == num_classes:
+        return [printable(label, most=1000) for label in classes]
     return ImageNetInfo().label_names() if num_classes == 1000 else [f"class {i}" for i in range(num_classes)]
 
 

@@ -11,9 +11,9 @@ import torch
 from file_server import file_server
 from support import save_as_authors, scrambled
 
-from models import release_sources
-from models.release_sources import DriveFolder, Release
-from models.releases import RELEASES, Places
+from models.weights import sources
+from models.weights.releases import RELEASES, Places
+from models.weights.sources import DriveFolder, Release
 
 FOLDER = "1K_Zk5Etx2oh3yVccr71m1R3bTqWAI2bg"
 NANO = "debiformer_nano"
@@ -119,4 +119,4 @@ def http_mirror_that_breaks(server, content, **_):
 def use_hub(server, monkeypatch):
     """Have `server` play the Hugging Face Hub."""
     here = functools.partial(huggingface_hub.HfApi, endpoint=server.url, token=False)
-    monkeypatch.setattr(release_sources, "HfApi", here)
+    monkeypatch.setattr(sources, "HfApi", here)

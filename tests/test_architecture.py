@@ -58,7 +58,7 @@ def test_imports_are_read_as_python_resolves_them():
 def test_the_reader_sees_the_known_imports_of_this_project():
     assert {"ops", "models", "dense"} <= PROJECT
     assert imports_of_project(Path("models/attention.py")) == {"ops"}
-    assert imports_of_project(Path("models/weights.py")) == {"errors"}
+    assert imports_of_project(Path("models/weights/reading.py")) == set()
     assert imports_of_project(Path("dense/pyramid.py")) == {"models"}
 
 
@@ -72,8 +72,8 @@ def test_errors_import_nothing_of_the_project():
 
 
 @pytest.mark.parametrize("path", files_in("models"), ids=str)
-def test_models_import_only_ops_and_errors(path):
-    assert imports_of_project(path) <= {"ops", "errors"}
+def test_models_import_only_ops(path):
+    assert imports_of_project(path) <= {"ops"}
 
 
 @pytest.mark.parametrize("name", BELOW_MAIN)

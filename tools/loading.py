@@ -12,7 +12,7 @@ from torch import nn
 from errors import OneLineParser
 from main import build_model, check_model_name
 from models.labels import labels_of
-from models.weights import count_classes, load_checkpoint, load_weights, options_of, weights_of
+from models.weights import check_outline, count_classes, load_checkpoint, options_of, weights_of
 from options import KeyValues, Options, check_ranges, with_underscores
 
 UNTRAINED = "*** UNTRAINED WEIGHTS: no --checkpoint was given, what the model says is random ***"
@@ -42,7 +42,7 @@ def load_model(
     """A model with a checkpoint's weights, classes and training options, or untrained with 1000 classes.
 
     input_size: side of the images in pixels; None: as trained. model_kwargs go to the model, on top of the
-    checkpoint's. UsageError for an unknown model, or a checkpoint that is none or of another one.
+    checkpoint's. UsageError for an unknown model, WeightsError for a checkpoint that is none or of another one.
     """
     check_model_name(name, "--model")
     content = load_checkpoint(checkpoint) if checkpoint else {}
@@ -50,8 +50,10 @@ def load_model(
     options.model_kwargs = {**options.model_kwargs, **(model_kwargs or {})}
     if checkpoint:
         weights = weights_of(content, checkpoint, use_ema)
-        model = build_model(options, count_classes(weights, name, checkpoint))
-        load_weights(model, weights, checkpoint)
+        num_classes = count_classes(weights, name, checkpoint)
+        check_outline(lambda: build_model(options, num_classes), weights, checkpoint)
+        model = build_model(options, num_classes)
+        model.load_state_dict(weights)
     else:
         model = build_model(options, 1000)
     options.input_size = options.input_size if input_size is None else input_size

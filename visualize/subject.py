@@ -14,9 +14,10 @@ from torch import Tensor, nn
 import models
 from datasets import eval_crop
 from errors import UsageError, did_you_mean
+from models.arguments import check_arguments
 from models.labels import in_words, labels_of
-from models.releases import find_release
-from models.weights import count_classes, load_checkpoint, load_weights, options_of, weights_of
+from models.weights import check_outline, count_classes, load_checkpoint, load_weights, options_of, weights_of
+from models.weights.releases import find_release
 
 from .capture import Capture, capture, check_readable, time_limit
 from .images import to_tensor, view_of
@@ -65,7 +66,7 @@ def load_subject(name: str | None = None, checkpoint: str | Path | None = None, 
 
     name: None takes the checkpoint's, or else debiformer_tiny. Without weights they are random, the same each time.
     load_release: take the weights published for the model.
-    UsageError for an unknown model, one without attention to show, or a checkpoint that does not fit.
+    UsageError for an unknown model or one without attention to show, WeightsError for a checkpoint that does not fit.
     """
     if load_release:
         name = name or DEFAULT_MODEL
@@ -90,7 +91,13 @@ def load_subject(name: str | None = None, checkpoint: str | Path | None = None, 
     if not 1 <= input_size <= MAX_INPUT_SIZE:
         raise UsageError(f"{checkpoint} is for images of {input_size} pixels; at most {MAX_INPUT_SIZE} are shown")
     num_classes = count_classes(weights, name, checkpoint) if checkpoint else cfg.num_classes
-    model = _build(name, num_classes, input_size, args.get("model_kwargs", {}))
+
+    def build() -> nn.Module:
+        return _build(name, num_classes, input_size, args.get("model_kwargs", {}))
+
+    if checkpoint:
+        check_outline(build, weights, checkpoint)
+    model = build()
     check_readable(model, name)
     if checkpoint:
         load_weights(model, weights, checkpoint)
@@ -109,6 +116,7 @@ def _build(name: str, num_classes: int, input_size: int, model_kwargs: dict[str,
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         try:
+            check_arguments(name, model_kwargs)
             return timm.create_model(name, num_classes=num_classes, img_size=input_size, **model_kwargs)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise UsageError(f"--model {name}: {error}") from error

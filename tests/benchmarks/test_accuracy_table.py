@@ -9,8 +9,8 @@ from support import ROOT, complaint, save_as_authors
 
 import main
 from benchmarks import accuracy_table, markdown
-from models.release_sources import DriveFolder, Release
-from models.releases import RELEASES
+from models.weights.releases import RELEASES
+from models.weights.sources import DriveFolder, Release
 
 pytestmark = pytest.mark.usefixtures("offline")
 RUN = ["--device", "cpu", "--num_workers", "0"]

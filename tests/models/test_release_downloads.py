@@ -21,9 +21,9 @@ from released import (
 )
 from support import ROOT, complaint, save_as_authors
 
-from models import release_sources
-from models.release_sources import DriveFolder, Release
-from models.releases import RELEASES, Places, find_release
+from models.weights import sources
+from models.weights.releases import RELEASES, Places, find_release
+from models.weights.sources import DriveFolder, Release
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -41,7 +41,7 @@ def test_a_server_that_dies_half_way_leaves_nothing_and_the_next_try_succeeds(
     assert f"mirror {places.mirror}" in message
     assert cached(tmp_path) == {}
     sizes = [int(asked[6:-1]) for _, asked in server.asked if asked]
-    assert len(sizes) == (release_sources.RETRIES if ranges else 1)  # each try went on where the one before broke off
+    assert len(sizes) == (sources.RETRIES if ranges else 1)  # each try went on where the one before broke off
     assert sizes == sorted(sizes)
     assert 0 < sizes[0] <= len(checkpoint) // 2
     server.breaks = 0
@@ -153,7 +153,7 @@ def test_a_slow_drive_and_a_changed_page_are_told(monkeypatch):
     for error, words in errors.items():
 
         def get(*args, error=error, **kwargs):
-            assert kwargs["timeout"] == release_sources.TIMEOUT
+            assert kwargs["timeout"] == sources.TIMEOUT
             raise error
 
         with monkeypatch.context() as patch:

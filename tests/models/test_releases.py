@@ -25,10 +25,10 @@ from support import command, complaint, save_as_authors, scrambled
 import main
 import models
 from errors import exit_on_error
-from models import release_sources, releases
-from models.release_sources import OneDriveShare
-from models.releases import RELEASES, Places, find_release
-from models.weights import load_checkpoint, load_to_finetune
+from models import releases
+from models.weights import load_checkpoint, load_to_finetune, sources
+from models.weights.releases import RELEASES, Places, find_release
+from models.weights.sources import OneDriveShare
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -93,7 +93,7 @@ def test_timm_knows_which_models_have_weights():
     ],
 )
 def test_files_are_recognised_by_name(name, model):
-    owners = [release.model for release in RELEASES.values() if release.names(name, release_sources.SUFFIX)]
+    owners = [release.model for release in RELEASES.values() if release.names(name, sources.SUFFIX)]
     assert owners == ([model] if model else [])
 
 

@@ -7,10 +7,12 @@ A source has a `fetch(release, folder)`: it puts one file into an empty folder a
 import contextlib
 import hashlib
 import os
+import queue
 import re
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -21,14 +23,18 @@ import gdown
 import requests
 import torch
 from filelock import FileLock
-from gdown.exceptions import DownloadError, FileURLRetrievalError
+from gdown.exceptions import DownloadCancelled, DownloadError, FileURLRetrievalError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from errors import UsageError, listed
+from .errors import WeightsError, listed
 
 TIMEOUT = (20, 60)
 """Seconds to wait for a connection, and between two pieces of a download."""
+MAX_BYTES = 4 << 30
+"""Of a download: twice what a model of 100 million parameters leaves behind with its average and its optimizer."""
+MAX_SECONDS = 2 * 3600
+"""For a download, whatever comes in."""
 RETRIES = 2
 """How often a download that broke off is taken up again where it stopped, before it counts as failed."""
 SUFFIX = r"\.(pth|pt|pth\.tar|ckpt|bin|safetensors)"
@@ -97,7 +103,7 @@ class Mirror:
         elif url.scheme in ("http", "https"):
             _download(url.geturl(), target, str(self))
         else:
-            raise UsageError(f"{self}: a mirror begins with https://, http:// or file://")
+            raise WeightsError(f"{self}: a mirror begins with https://, http:// or file://")
         return target
 
 
@@ -114,8 +120,11 @@ class Hub:
         repo = self.repo.replace("{model}", release.model)
         dedicated, hub = release.names(repo.rpartition("/")[2], suffix=""), HfApi()
         try:
-            name = choose_file(hub.list_repo_files(repo), release, dedicated)
-            return Path(hub.hf_hub_download(repo, name, local_dir=folder))
+            sizes = {file.path: file.size for file in hub.list_repo_tree(repo, recursive=True) if hasattr(file, "size")}
+            name = choose_file(list(sizes), release, dedicated)
+            if sizes[name] > MAX_BYTES:
+                raise Unavailable(f"offers {sizes[name]:,} bytes, over {MAX_BYTES:,}")
+            return _within_time(lambda: Path(hub.hf_hub_download(repo, name, local_dir=folder)))
         except Unavailable as error:
             raise type(error)(f"{self} {error}") from error
         except RepositoryNotFoundError as error:
@@ -146,7 +155,8 @@ class DriveFolder:
             name = choose_file(list(by_name), release, dedicated=True)
         except Unavailable as error:
             raise Unavailable(f"the folder on Google Drive {error}") from error
-        return _download(f"https://drive.google.com/uc?id={by_name[name].id}", folder / name, "Google Drive")
+        url = f"https://drive.google.com/uc?id={by_name[name].id}"
+        return _download(url, folder / Path(name).name, "Google Drive", sized=False)
 
 
 @dataclass(frozen=True)
@@ -186,26 +196,63 @@ def choose_file(names: Sequence[str], release: Release, dedicated: bool) -> str:
 def file_in_folder(release: Release, folder: Path) -> Path | None:
     """The weights in a local folder, or in its subfolder named after the model; None if they are not there."""
     if not folder.is_dir():
-        raise UsageError(f"the folder of released weights, {folder}, does not exist")
+        raise WeightsError(f"the folder of released weights, {folder}, does not exist")
     for place, dedicated in ((folder / release.model, True), (folder, False)):
         try:
             names = [path.name for path in place.iterdir()] if place.is_dir() else []
             return place / choose_file(names, release, dedicated)
         except Ambiguous as error:
-            raise UsageError(f"{place} {error}") from error
+            raise WeightsError(f"{place} {error}") from error
         except Unavailable:
             continue
         except OSError as error:
-            raise UsageError(f"cannot read the folder of released weights, {place}: {error.strerror}") from error
+            raise WeightsError(f"cannot read the folder of released weights, {place}: {error.strerror}") from error
     return None
 
 
-def _download(url: str, path: Path, source: str) -> Path:
-    """Download to `path`, whole or not at all."""
-    quiet = not sys.stderr.isatty()
-    with _reasons(source):
-        gdown.download(url, str(path), quiet=quiet, use_cookies=False, timeout=TIMEOUT, retries=RETRIES)
+def _download(url: str, path: Path, source: str, sized: bool = True) -> Path:
+    """Download to `path`, whole or not at all, within MAX_BYTES and MAX_SECONDS.
+
+    sized: refuse answers that do not announce their size, as compressed ones do not.
+    """
+
+    def check_size(received: int, total: int | None) -> None:
+        if sized and total is None:
+            raise Unavailable(f"{source} sends a compressed file, or does not say how large it is")
+        if max(received, total or 0) > MAX_BYTES:
+            raise Unavailable(f"{source} sends over {MAX_BYTES:,} bytes")
+
+    late = threading.Event()
+    timer = threading.Timer(MAX_SECONDS, late.set)
+    timer.daemon = True
+    timer.start()
+    options = {"quiet": not sys.stderr.isatty(), "use_cookies": False, "timeout": TIMEOUT, "retries": RETRIES}
+    try:
+        with _reasons(source):
+            gdown.download(url, str(path), progress=check_size, cancel=late, **options)
+    finally:
+        timer.cancel()
     return path
+
+
+def _within_time(fetch: Callable[[], Path]) -> Path:
+    """What `fetch` returns or raises, or Unavailable after MAX_SECONDS; it cannot be ended, only left."""
+    results: queue.Queue[Path | BaseException] = queue.Queue()
+
+    def run() -> None:
+        try:
+            results.put(fetch())
+        except BaseException as error:
+            results.put(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        result = results.get(timeout=MAX_SECONDS)
+    except queue.Empty:
+        raise Unavailable(f"took over {MAX_SECONDS} seconds") from None
+    if isinstance(result, BaseException):
+        raise result
+    return result
 
 
 @contextlib.contextmanager
@@ -213,6 +260,10 @@ def _reasons(source: str) -> Iterator[None]:
     """Turns what gdown raises into Unavailable with the reason; a full disk stays an OSError."""
     try:
         yield
+    except Unavailable:
+        raise
+    except DownloadCancelled as error:
+        raise Unavailable(f"{source} took over {MAX_SECONDS} seconds") from error
     except FileURLRetrievalError as error:
         words = "refuses the file: too many downloads today, or it is not public any more"
         raise Unavailable(f"{source} {words}") from error
@@ -252,7 +303,7 @@ def sha256_of(path: Path) -> str:
 
 
 def cached_file(model: str) -> Path | None:
-    """The cached weights of a model; None if there are none. UsageError if they changed since they were cached."""
+    """The cached weights of a model; None if there are none. WeightsError if they changed since they were cached."""
     folder = cache_folder()
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     entries = [match for name in names if (match := re.fullmatch(rf"{model}-([0-9a-f]{{64}})\.\w+", name))]
@@ -261,7 +312,7 @@ def cached_file(model: str) -> Path | None:
     newest = max(entries, key=lambda entry: (folder / entry[0]).stat().st_mtime)
     path, recorded = folder / newest[0], newest[1]
     if sha256_of(path) != recorded:
-        raise UsageError(f"{path} has changed since it was cached: its sha256 is another; delete it to fetch it again")
+        raise WeightsError(f"{path} changed since it was cached: its sha256 is another; delete it to fetch it again")
     return path
 
 
@@ -281,7 +332,7 @@ def receiving(model: str) -> Iterator[Path]:
                 shutil.rmtree(folder, ignore_errors=True)
     except OSError as error:
         words = error.strerror or error
-        raise UsageError(f"cannot write to {home}: {words}; choose another folder with DEBIFORMER_HOME") from error
+        raise WeightsError(f"cannot write to {home}: {words}; choose another folder with DEBIFORMER_HOME") from error
 
 
 def keep_in_cache(path: Path, model: str) -> Path:
@@ -295,3 +346,18 @@ def keep_in_cache(path: Path, model: str) -> Path:
         if other != target:
             other.unlink()
     return target
+
+
+def fetch_url(url: str) -> Path:
+    """The file at an http(s) address, from the cache if it was downloaded before. WeightsError if it cannot be had."""
+    name = f"url-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
+    with receiving(name) as folder:
+        found = cached_file(name)
+        if found is not None:
+            return found
+        suffix = Path(urlsplit(url).path).suffix
+        path = folder / f"weights{suffix if suffix == '.safetensors' else '.pth'}"
+        try:
+            return keep_in_cache(_download(url, path, url), name)
+        except Unavailable as reason:
+            raise WeightsError(f"{reason}") from reason

@@ -1,0 +1,19 @@
+"""Weights from files: read safely (`reading`), brought into a model (`fitting`), found where they are (`releases`)."""
+
+from .errors import WeightsError, WeightsMismatch
+from .fitting import check_fit, check_outline, checkpoint_filter_fn, load_to_finetune, load_weights
+from .reading import count_classes, load_checkpoint, options_of, weights_of
+
+__all__ = [
+    "WeightsError",
+    "WeightsMismatch",
+    "check_fit",
+    "check_outline",
+    "checkpoint_filter_fn",
+    "count_classes",
+    "load_checkpoint",
+    "load_to_finetune",
+    "load_weights",
+    "options_of",
+    "weights_of",
+]
