@@ -32,10 +32,11 @@ def argument_names(model: str) -> frozenset[str]:
     names: set[str] = set()
     for kind in kinds:
         parameters = inspect.signature(kind.__init__).parameters.values()
-        names |= {each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)}
+        # Without a default it is between a class and the one that it derives from.
+        names |= {each.name for each in parameters if each.default is not each.empty}
         if not any(each.kind == each.VAR_KEYWORD for each in parameters):
             break
-    return frozenset(name for name in names - RESERVED - {"self"} if not name.startswith("pretrained"))
+    return frozenset(name for name in names - RESERVED if not name.startswith("pretrained"))
 
 
 def check_arguments(model: str, arguments: Mapping[str, Any]) -> None:

@@ -18,7 +18,8 @@ class FileServer:
     """Serves `files` by path. A file is its bytes, or a page (status, text of HTML or JSON).
 
     breaks: how many answers with a file stop half-way. ranges: whether Range is heeded. stall: an event; answers
-    stop half-way until it is set. asked: (path, Range header) of every request for a file.
+    stop half-way until it is set. asked: (path, Range header) of every request for a file. encoding: a
+    Content-Encoding that answers claim.
     """
 
     def __init__(self) -> None:
@@ -26,6 +27,7 @@ class FileServer:
         self.breaks, self.ranges, self.asked = 0, True, []
         self.stall: threading.Event | None = None
         self.half_way = threading.Event()
+        self.encoding = ""
         owner = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -63,6 +65,8 @@ class FileServer:
             start = int(re.fullmatch(r"bytes=(\d+)-", asked)[1]) if asked and self.ranges else 0
         headers = {"Content-Type": "application/octet-stream", "ETag": '"1"', "X-Repo-Commit": "c" * 40}
         headers["Content-Disposition"] = 'attachment; filename="weights.pth"'
+        if self.encoding:
+            headers["Content-Encoding"] = self.encoding
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         self.send(request, 206 if start else 200, headers, content[start:] if body else b"", len(content) - start)

@@ -124,11 +124,11 @@ class _Walk:
 
     def hold(self, whole: Item, items: list[Item]) -> None:
         """Put items into a container. One that is itself held already takes no more, so that depths stay true."""
-        if whole.held:
-            raise WeightsError("holds values within themselves; it was not loaded")
         for item in items:
             item.held = True
             whole.depth = max(whole.depth, item.depth + 1)
+        if whole.held:
+            raise WeightsError("holds values within themselves; it was not loaded")
         if whole.depth > MAX_DEPTH:
             raise WeightsError(f"holds values nested over {MAX_DEPTH} deep; it was not loaded")
 

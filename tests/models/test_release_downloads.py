@@ -1,5 +1,6 @@
 """Downloads that go wrong leave nothing behind, and what is missing is told with the remedy."""
 
+import gzip
 import hashlib
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import threading
 
 import pytest
 import requests
+import torch
 from released import (
     FOLDER,
     NANO,
@@ -21,7 +23,7 @@ from released import (
 )
 from support import ROOT, complaint, save_as_authors
 
-from models.weights import sources
+from models.weights import load_checkpoint, sources, weights_of
 from models.weights.releases import RELEASES, Places, find_release
 from models.weights.sources import DriveFolder, Release
 
@@ -121,6 +123,52 @@ def test_a_cache_that_cannot_be_written_to_is_told(monkeypatch):
     assert "cannot write to /proc/cache: No such file or directory; choose another folder" in complaint(
         find_release, "debiformer_tiny"
     )
+
+
+# -- downloads without bounds -------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("nano_release")
+def test_a_download_that_is_too_large_is_refused(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_BYTES", 100_000)
+    server.files[f"/{NANO}.pth"] = bytes(200_000)
+    assert f"mirror {server.url} sends over 100,000 bytes" in complaint(find_release, NANO, Places(mirror=server.url))
+    use_hub(server, monkeypatch)
+    server.play_hugging_face("lab/weights", {f"{NANO}.pth": bytes(200_000)})
+    message = complaint(find_release, NANO, Places(hub="lab/weights"))
+    assert "Hugging Face Hub lab/weights offers 200,000 bytes, over 100,000" in message
+    assert f"/lab/weights/resolve/main/{NANO}.pth" not in [name for name, _ in server.asked]
+    assert cached(tmp_path) == {}
+
+
+@pytest.mark.usefixtures("nano_release")
+def test_a_compressed_download_is_not_unpacked(tmp_path, server):
+    server.files[f"/{NANO}.pth"], server.encoding = gzip.compress(bytes(50_000_000)), "gzip"
+    assert "sends a compressed file" in complaint(find_release, NANO, Places(mirror=server.url))
+    assert cached(tmp_path) == {}
+
+
+@pytest.mark.usefixtures("nano_release")
+def test_a_download_that_does_not_end_is_given_up(tmp_path, server, monkeypatch):
+    monkeypatch.setattr(sources, "MAX_SECONDS", 1)
+    use_hub(server, monkeypatch)
+    content = bytes(100_000)
+    server.files[f"/{NANO}.pth"], server.stall = content, threading.Event()
+    server.play_hugging_face("lab/weights", {f"{NANO}.pth": content})
+    message = complaint(find_release, NANO, Places(mirror=server.url, hub="lab/weights"))
+    assert f"mirror {server.url} took over 1 seconds" in message
+    assert "Hugging Face Hub lab/weights took over 1 seconds" in message
+    assert cached(tmp_path) == {}
+
+
+def test_an_address_is_read_like_a_file_and_downloaded_once(tmp_path, checkpoint, published, server):
+    server.files["/best.pth"] = checkpoint
+    for _ in range(2):
+        weights = weights_of(load_checkpoint(f"{server.url}/best.pth"), "x")
+        assert torch.equal(weights["head.bias"], published[0].state_dict()["head.bias"])
+    assert len(server.asked) == 1
+    assert f"{server.url}/none.pth answers with status 404" in complaint(load_checkpoint, f"{server.url}/none.pth")
+    assert "cannot be reached" in complaint(load_checkpoint, "http://127.0.0.1:1/x.pth")
 
 
 # -- what is missing, and the remedy ------------------------------------------------------------------------------
