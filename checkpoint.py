@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and how it is written so that one can always be read (which models/weights.py does).
+"""What a checkpoint holds, and how it is written so that one can always be read (which models/weights does).
 
 A checkpoint is a dict of tensors and plain containers, readable with `torch.load(weights_only=True)`:
 model, model_ema, optimizer, scaler: state dicts; epoch, position: the place in the data at which

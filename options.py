@@ -43,7 +43,7 @@ class RunOptions:
     device: str = option("auto", "auto (a GPU if there is one), cuda, cuda:N, mps or cpu")
     output_dir: str = option("", "folder of the run; empty: outputs/cls/MODEL/DATE-TIME when training")
     log_dir: str = option("", "folder for TensorBoard; empty: OUTPUT_DIR/tf_record_log")
-    resume: str = option("", "checkpoint to continue from, or to evaluate with --eval")
+    resume: str = option("", "checkpoint, a file or an http(s) address, to continue from, or to evaluate with --eval")
     auto_resume: bool = option(True, "continue from OUTPUT_DIR/checkpoint.pth if it exists")
     start_epoch: int = option(0, "first epoch to train; a resumed checkpoint overrides it", at_least=0)
     eval: bool = option(False, "evaluate only")
@@ -90,7 +90,9 @@ class ModelOptions:
     )
     model_ema_decay: float = option(0.99996, "decay of the average per update", at_least=0)
     model_ema_force_cpu: bool = option(False, "keep the average in host memory")
-    finetune: str = option("", "checkpoint to start from; another class count or input size is adapted")
+    finetune: str = option(
+        "", "checkpoint, a file or an http(s) address, to start from; another class count or input size is adapted"
+    )
 
 
 @dataclass

@@ -9,7 +9,6 @@ import timm
 import torch
 from support import complaint
 
-import models
 from models import biformer, debiformer, stl
 from models.arguments import RESERVED, argument_names, check_arguments
 from tools.loading import load_model
