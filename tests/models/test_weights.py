@@ -14,7 +14,7 @@ import torch
 from support import complaint, save_as_authors, scrambled
 
 import models  # noqa: F401
-from models.weights import load_checkpoint, load_to_finetune, load_weights, weights_of
+from models.weights import WeightsMismatch, load_checkpoint, load_to_finetune, load_weights, weights_of
 from models.weights.pickles import SAFE_CLASSES
 
 
@@ -300,3 +300,41 @@ def test_finetuning_adapts_classes_input_size_and_channels():
 
 def test_finetuning_from_another_model_is_refused():
     assert "another model" in complaint(load_to_finetune, nano(), timm.create_model("biformer_tiny").state_dict(), "x")
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        torch.zeros(1, 0, 0),
+        torch.zeros(1).expand(1, 10**6, 10**6),
+        torch.zeros(1, 1, 10**5),
+        torch.zeros(1, 9, 9, dtype=torch.int64),
+        torch.zeros(1, 9, 9).to(torch.float8_e4m3fn),
+        torch.zeros(1, 9, 9).to_sparse(),
+        torch.quantize_per_tensor(torch.zeros(1, 9, 9), 1.0, 0, torch.qint8),
+        torch.zeros(7, 9, 9),
+    ],
+    ids=["empty", "expanded", "long", "integers", "float8", "sparse", "quantized", "other heads"],
+)
+def test_position_tables_that_cannot_be_resampled_are_refused(table):
+    model = nano()
+    assert model.state_dict()["stages.0.0.attn2.rpe_table"].shape[0] == 1
+    weights = {**model.state_dict(), "stages.0.0.attn2.rpe_table": table}
+    complaint(load_to_finetune, model, weights, "x")
+
+
+@pytest.mark.parametrize("shape", [(16, 2, 3, 3), (16, 6, 3, 3), (16, 10**4, 3, 3), (8, 3, 3, 3), (16, 0, 3, 3)])
+def test_first_filters_that_take_no_rgb_are_refused(shape):
+    for in_chans in (1, 3, 5):
+        model = nano(in_chans=in_chans)
+        weights = {**model.state_dict(), "downsample_layers.0.0.weight": torch.zeros(shape)}
+        complaint(load_to_finetune, model, weights, "x")
+
+
+def test_a_mismatch_names_what_differs():
+    weights = nano(num_classes=7).state_dict()
+    weights["extra"] = weights.pop("norm.weight")
+    with pytest.raises(WeightsMismatch) as error:
+        load_weights(nano(), weights, "x")
+    assert (error.value.missing, error.value.unexpected) == ({"norm.weight"}, {"extra"})
+    assert error.value.shapes["head.bias"] == ((7,), (4,))
