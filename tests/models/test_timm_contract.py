@@ -1,12 +1,13 @@
 """Every registered model keeps timm's promises: what any timm script may ask of a model works."""
 
+import copy
 import functools
+import itertools
 import math
 
 import pytest
 import timm
 import torch
-from timm.layers.pos_embed_rel import RelPosBiasTf
 from timm.models import group_parameters, load_checkpoint
 from timm.models._features_fx import create_feature_extractor
 from timm.models._manipulate import group_modules
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 import models
 from models.deformable_attention import DeformableAgentAttention
+from models.stl import RelativePositionBias
 from models.weights import checkpoint_filter_fn
 
 ALIASES = {"debi_tiny": "debiformer_tiny", "debi_small": "debiformer_small", "debi_base": "debiformer_base"}
@@ -356,7 +358,7 @@ def test_weight_decay_spares_exactly_the_position_tables(name):
     model = outline(name)
     modules = dict(model.named_modules())
     tables = {f"{n}.rpe_table" for n, m in modules.items() if isinstance(m, DeformableAgentAttention)}
-    tables |= {f"{n}.relative_position_bias_table" for n, m in modules.items() if isinstance(m, RelPosBiasTf)}
+    tables |= {f"{n}.relative_position_bias_table" for n, m in modules.items() if isinstance(m, RelativePositionBias)}
     assert model.no_weight_decay() == tables
     assert tables <= {n for n, _ in model.named_parameters()}
     assert bool(tables) == name.startswith(("debi", "maxvit"))
@@ -461,3 +463,16 @@ def test_model_can_be_built_without_memory(name):
         out = model.eval()(torch.empty(2, *model.default_cfg["input_size"]))
     assert out.shape == (2, 1000)
     assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
+
+
+@every_variant
+@torch.no_grad()
+def test_model_built_without_memory_and_loaded_strictly_is_the_same(name):
+    """As Hugging Face's from_pretrained and FSDP build models: nothing may be left as the memory was."""
+    model, twin = create(name), copy.deepcopy(outline(name)).eval().to_empty(device="cpu")
+    for tensor in itertools.chain(twin.parameters(), twin.buffers()):
+        tensor.fill_(torch.nan if tensor.is_floating_point() else -1)
+    twin.load_state_dict(model.state_dict(), strict=True)
+    x = native_images(model)
+    assert torch.equal(twin(x), model(x))
+    assert {n for n, _ in twin.named_buffers()} <= set(twin.state_dict())
