@@ -299,9 +299,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 default_cfgs = generate_default_cfgs(
     {
-        "biformer_stl.in1k": default_cfg(url=RELEASE + "biformer_stl"),
-        "biformer_stl_nchw.in1k": default_cfg(url=RELEASE + "biformer_stl_nchw"),
-        "maxvit_stl.untrained": default_cfg(),
+        "biformer_stl.in1k": default_cfg(url=RELEASE + "biformer_stl", paper_ids="arXiv:2303.08810"),
+        "biformer_stl_nchw.in1k": default_cfg(url=RELEASE + "biformer_stl_nchw", paper_ids="arXiv:2303.08810"),
+        "maxvit_stl.untrained": default_cfg(paper_ids="arXiv:2204.01697"),
     }
 )
 

@@ -11,7 +11,7 @@ import torch
 from timm.models import group_parameters, load_checkpoint
 from timm.models._features_fx import create_feature_extractor
 from timm.models._manipulate import group_modules
-from timm.optim import param_groups_layer_decay
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import Tensor, nn
 
 import models
@@ -161,6 +161,21 @@ def test_stochastic_depth_grows_linearly_over_all_blocks(name):
     assert rates == pytest.approx([0.2 * i / (len(blocks) - 1) for i in range(len(blocks))])
 
 
+@cheap_models
+def test_factory_arguments_reach_every_tensor(name):
+    model = create(name, device="meta", dtype=torch.bfloat16)
+    floats = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    assert {(t.device.type, t.dtype) for t in floats} == {("meta", torch.bfloat16)}
+    assert next(create(name, device="cpu", dtype=None).parameters()).dtype == torch.float32
+
+
+@cheap_models
+def test_output_stride_other_than_32_is_refused(name):
+    create(name, features_only=True, output_stride=32)
+    with pytest.raises(ValueError, match=r"has an output stride of 32, not 16: .* decoder"):
+        create(name, features_only=True, output_stride=16)
+
+
 # -- features -----------------------------------------------------------------------------------------------------
 
 
@@ -174,6 +189,13 @@ def test_features_only_gives_four_maps(name):
     assert len(outputs) == 4
     for out, channel, reduction in zip(outputs, channels, reductions, strict=True):
         assert out.shape == (1, channel, math.ceil(96 / reduction), math.ceil(96 / reduction))
+
+
+@every_variant
+def test_features_only_has_no_parameter_without_a_gradient(name):
+    model = create(name, features_only=True, drop_path_rate=0.0)
+    sum(out.square().mean() for out in model.train()(square_images(96))).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
 
 
 @cheap_models
@@ -362,6 +384,17 @@ def test_weight_decay_spares_exactly_the_position_tables(name):
     assert model.no_weight_decay() == tables
     assert tables <= {n for n, _ in model.named_parameters()}
     assert bool(tables) == name.startswith(("debi", "maxvit"))
+
+
+@cheap_models
+@pytest.mark.parametrize("layer_decay", [None, 0.7])
+def test_optimizer_state_of_timm_loads_into_a_new_optimizer(name, layer_decay):
+    first, second = (
+        create_optimizer_v2(outline(name), "adamw", lr=0.1, weight_decay=0.05, layer_decay=layer_decay)
+        for _ in range(2)
+    )
+    second.load_state_dict(first.state_dict())
+    assert len(second.param_groups) == len(first.param_groups) > 1
 
 
 # -- checkpoints --------------------------------------------------------------------------------------------------
