@@ -145,7 +145,18 @@ class AugmentationOptions:
     resplit: bool = option(
         False, "accepted because published commands have it; acts on augmentation splits, not made here"
     )
-    crop_pct: float | None = option(None, "evaluation: centre crop as a fraction of the resized side; null: 224/256")
+    crop_pct: float | None = option(
+        None, "evaluation: centre crop as a fraction of the resized side; null: as the model wants, ours 224/256"
+    )
+    interpolation: str | None = option(
+        None,
+        "evaluation: resizing; null: as the model wants, ours bicubic",
+        choices=("bilinear", "bicubic", "nearest", "lanczos"),
+    )
+    mean: list[float] | None = option(
+        None, "mean of the pixels in 0..1: red, green, blue; null: as the model wants, ours ImageNet's"
+    )
+    std: list[float] | None = option(None, "deviation of the pixels; null: as the model wants, ours ImageNet's")
 
 
 @dataclass
@@ -335,7 +346,7 @@ def check_ranges(options: Any, prefix: str) -> None:
     for spec in fields(options):
         value = getattr(options, spec.name)
         choices, at_least = spec.metadata["choices"], spec.metadata["at_least"]
-        if choices and value not in choices:
+        if choices and value is not None and value not in choices:
             raise UsageError(f"{prefix}{spec.name} must be one of {', '.join(choices)}, not {value!r}")
         if at_least is not None and value is not None and not value >= at_least:  # not a number, either
             raise UsageError(f"{prefix}{spec.name} must be at least {at_least}, not {value}")

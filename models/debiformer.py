@@ -141,7 +141,7 @@ default_cfgs = generate_default_cfgs(
         "debiformer_tiny.in1k": _cfg(url=RELEASE + "debiformer_tiny"),
         "debiformer_small.in1k": _cfg(url=RELEASE + "debiformer_small"),
         "debiformer_base.in1k": _cfg(url=RELEASE + "debiformer_base"),
-        "debiformer_nano.untrained": _cfg(input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=1.0),
+        "debiformer_nano.untrained": _cfg(input_size=(3, 64, 64), pool_size=(2, 2)),
     }
 )
 

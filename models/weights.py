@@ -41,7 +41,10 @@ SAFE_CLASSES = [
 NESTS = ("model", "state_dict")
 """Where in a checkpoint the weights are."""
 
-MODEL_OPTIONS = {"model": str, "model_kwargs": dict, "input_size": int, "crop_pct": float, "data_set": str}
+MODEL_OPTIONS = {
+    **{"model": str, "model_kwargs": dict, "input_size": int, "data_set": str},
+    **{"crop_pct": float, "interpolation": str, "mean": list, "std": list},
+}
 """Options of a training, with their types, that say what its model is and what its images look like."""
 
 LARGEST_EXPANSION = 4

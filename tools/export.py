@@ -14,6 +14,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from timm.models import save_for_hf
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from datasets import eval_crop
+from datasets import pixels_for
 from errors import UsageError, exit_on_error
 from models.labels import in_words
 from ops.backend import use_backend
@@ -96,12 +97,15 @@ def export_safetensors(loaded: Loaded, path: Path) -> float:
 
     `models.weights.load_checkpoint` brings them back. Returns how far the logits of the weights in the file are off.
     """
-    options = loaded.options
+    options, pixels = loaded.options, pixels_for(loaded.options)
     description = {
         "model": options.model,
         "model_kwargs": options.model_kwargs,
         "input_size": options.input_size,
-        "crop_pct": eval_crop(options.data_set, options.input_size, options.crop_pct),
+        "crop_pct": pixels.crop_pct,
+        "interpolation": pixels.interpolation,
+        "mean": pixels.mean,
+        "std": pixels.std,
         "classes": loaded.labels,
     }
     weights = {name: value.contiguous() for name, value in loaded.model.state_dict().items()}
@@ -117,7 +121,6 @@ def export_hf(loaded: Loaded, path: Path) -> float:
     Returns how far the logits of the model that timm builds from it are off.
     """
     size = loaded.options.input_size
-    crop = eval_crop(loaded.options.data_set, size, loaded.options.crop_pct)
     save_for_hf(
         loaded.model,
         path,
@@ -126,7 +129,7 @@ def export_hf(loaded: Loaded, path: Path) -> float:
             "label_descriptions": dict(zip(loaded.labels, in_words(loaded.labels), strict=True)),
             "pretrained_cfg": {"tag": training_of(loaded)},
         },
-        data_config={"input_size": (3, size, size), "crop_pct": crop},
+        data_config={"input_size": (3, size, size), **asdict(pixels_for(loaded.options))},
         safe_serialization=True,
     )
     # timm reads the number of classes beside the arguments, and transformers passes it to timm a second time.
