@@ -50,12 +50,12 @@ AMP_DTYPES = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 def run(options: Options) -> dict[str, Any]:
     """One run from start to end, on every process. Returns the figures of its last evaluation."""
     processes = utils.find_processes()
-    device = utils.choose_device(options.device, processes)
-    torch.backends.cudnn.benchmark = True
-    utils.seed_everything(options.seed)
-    show_notices(processes)
-    with utils.process_group(processes, device, options.dist_url, COLLECTIVE_TIMEOUT):
-        return (evaluate_only if options.eval else train)(options, processes, device)
+    with utils.deterministic_algorithms(options.deterministic):
+        device = utils.choose_device(options.device, processes)
+        utils.seed_everything(options.seed)
+        show_notices(processes)
+        with utils.process_group(processes, device, options.dist_url, COLLECTIVE_TIMEOUT):
+            return (evaluate_only if options.eval else train)(options, processes, device)
 
 
 def evaluate_only(options: Options, processes: Processes, device: torch.device) -> dict[str, Any]:

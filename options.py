@@ -40,6 +40,9 @@ class RunOptions:
     batch_size: int = option(64, "images per process and step; evaluation uses 1.5 times as many", at_least=1)
     epochs: int = option(300, "epochs to train", at_least=1)
     seed: int = option(0, "fixes weights, data order and augmentation", at_least=0)
+    deterministic: bool = option(
+        False, "use only algorithms that give the same bits in every run, slower; an operation without one is an error"
+    )
     device: str = option("auto", "auto (a GPU if there is one), cuda, cuda:N, mps or cpu")
     output_dir: str = option("", "folder of the run; empty: outputs/cls/MODEL/DATE-TIME when training")
     log_dir: str = option("", "folder for TensorBoard; empty: OUTPUT_DIR/tf_record_log")
