@@ -27,6 +27,7 @@ from torchvision import datasets as vision
 from torchvision import transforms
 
 from errors import UsageError, listed
+from models.pixels import Pixels, pixels_of
 from options import Options
 from samplers import EvalSampler, Key, TrainSampler
 from utils import Processes, Requests, seeded
@@ -272,19 +273,28 @@ def train_transform(options: Options) -> transforms.Compose:
 
 
 def eval_transform(options: Options) -> transforms.Compose:
-    """Bicubic resize so that the centre crop is `crop_pct` of the side: PIL image -> (3, S, S) uint8."""
+    """Resize so that the centre crop is `crop_pct` of the side: PIL image -> (3, S, S) uint8."""
+    pixels = pixels_for(options)
     return create_transform(
         input_size=options.input_size,
         is_training=False,
-        interpolation="bicubic",
+        interpolation=pixels.interpolation,
         normalize=False,
-        crop_pct=eval_crop(options.data_set, options.input_size, options.crop_pct),
+        crop_pct=pixels.crop_pct,
+        crop_mode=pixels.crop_mode,
     )
 
 
-def eval_crop(data_set: str, input_size: int, crop_pct: float | None) -> float:
-    """The part of the resized side that evaluation crops, where --crop_pct is `crop_pct`."""
-    return crop_pct or (1.0 if _at_cifar_size(data_set, input_size) else 224 / 256)
+def pixels_for(options: Options) -> Pixels:
+    """What images are normalised with, and how evaluation resizes and crops them: as the model wants unless given."""
+    crop_pct = eval_crop(options.data_set, options.input_size, options.crop_pct)
+    given = {"mean": options.mean, "std": options.std, "interpolation": options.interpolation}
+    return pixels_of(options.model, crop_pct=crop_pct, **given)
+
+
+def eval_crop(data_set: str, input_size: int, crop_pct: float | None) -> float | None:
+    """The part of the resized side that evaluation crops, where --crop_pct is `crop_pct`; None: as the model wants."""
+    return crop_pct or (1.0 if _at_cifar_size(data_set, input_size) else None)
 
 
 def _at_cifar_size(data_set: str, input_size: int) -> bool:

@@ -3,7 +3,6 @@
 Images come as uint8; normalisation, random erasing and mixing happen on the device.
 """
 
-import functools
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,13 +10,14 @@ from itertools import islice
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, Mixup
+from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from errors import NonFiniteLoss
+from models.pixels import Pixels, normalize
 from utils import Processes, all_reduce_sum, seed_everything
 
 DIVERGED = "the last good checkpoint is kept. Try a lower --lr, --clip_grad 5 or --amp bf16"
@@ -99,6 +99,7 @@ class Stepper:
     """One optimizer update at a time. Every random number is a function of (seed, epoch, update, process).
 
     model: on its device, wrapped for distributed training if it is distributed; loss_fn(images, logits, targets).
+    pixels: what images are normalised with.
     ema: an average of `model`'s weights to keep up. erase: random erasing of a normalised batch. mixup: mixes a batch
     and its classes.
     clip_grad: bound of the gradient's norm.
@@ -109,6 +110,7 @@ class Stepper:
     optimizer: torch.optim.Optimizer
     precision: Precision
     processes: Processes
+    pixels: Pixels = Pixels()
     ema: ModelEmaV3 | None = None
     erase: RandomErasing | None = None
     mixup: Mixup | None = None
@@ -120,7 +122,7 @@ class Stepper:
         """Update the weights with `accum_steps` batches. Returns the last one's loss, on the device."""
         scaler = self.precision.scaler
         for number, (images, targets) in enumerate(batches):
-            images, targets = to_device(images, targets, self.precision.device)
+            images, targets = to_device(images, targets, self.precision.device, self.pixels)
             seed_everything(self.seed, epoch, update, number, self.processes.rank)
             if self.erase is not None:
                 images = self.erase(images)
@@ -151,24 +153,10 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def to_device(images: Tensor, targets: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+def to_device(images: Tensor, targets: Tensor, device: torch.device, pixels: Pixels) -> tuple[Tensor, Tensor]:
     """A batch (B, 3, S, S) uint8, (B,) on the device, the images normalised, in channels-last memory."""
     images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-    return normalized(images), targets.to(device, non_blocking=True)
-
-
-def normalized(images: Tensor) -> Tensor:
-    """Images (B, 3, S, S) with ImageNet's mean 0 and deviation 1, from uint8; floats are taken for normalised."""
-    if images.dtype != torch.uint8:
-        return images
-    mean, deviation = _pixel_statistics(images.device)
-    return images.float().div_(255).sub_(mean).div_(deviation)
-
-
-@functools.cache
-def _pixel_statistics(device: torch.device) -> tuple[Tensor, Tensor]:
-    values = torch.tensor([IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD], device=device)[..., None, None]
-    return values[0], values[1]
+    return normalize(images, pixels), targets.to(device, non_blocking=True)
 
 
 def train_one_epoch(
@@ -207,6 +195,7 @@ def evaluate(
     split: bool = False,
     after_batch: Callable[[int], None] = lambda number: None,
     among: Sequence[int] | None = None,
+    pixels: Pixels = Pixels(),  # noqa: B008 (frozen)
 ) -> dict[str, float]:
     """Top-1 and top-5 accuracy in percent, mean cross-entropy, and the number of images.
 
@@ -215,13 +204,14 @@ def evaluate(
     float64, so the split does not show.
     after_batch(number): called after each batch, from 0; may raise to end the evaluation.
     among: the class numbers among which the answer is sought; None: all.
+    pixels: what images are normalised with.
     """
     model.eval()
     device = precision.device
     sums = torch.zeros(4, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
     chosen = None if among is None else torch.tensor(among, device=device)
     for number, (images, targets) in enumerate(batches):
-        images, targets = to_device(images, targets, device)
+        images, targets = to_device(images, targets, device, pixels)
         with precision.autocast():
             logits = model(images)
         logits = logits.float()

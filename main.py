@@ -21,11 +21,12 @@ from torch.nn.parallel import DistributedDataParallel
 import models
 import utils
 from checkpoint import BEST, LAST, TrainingState, build_checkpoint, load_latest, save_checkpoint
-from datasets import Data, build_data
-from engine import LossMeter, Precision, Stepper, check_weights, evaluate, normalized, train_one_epoch
+from datasets import Data, build_data, pixels_for
+from engine import LossMeter, Precision, Stepper, check_weights, evaluate, train_one_epoch
 from errors import Stopped, UsageError, did_you_mean, exit_on_error
 from eval_sets import TITLES, open_eval_set
 from models.arguments import check_arguments
+from models.pixels import Teacher
 from models.weights import (
     WeightsError,
     checkpoint_filter_fn,
@@ -51,15 +52,15 @@ AMP_DTYPES = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 def run(options: Options) -> dict[str, Any]:
     """One run from start to end, on every process. Returns the figures of its last evaluation."""
     processes = utils.find_processes()
-    device = utils.choose_device(options.device, processes)
-    torch.backends.cudnn.benchmark = True
-    utils.seed_everything(options.seed)
-    show_notices(processes)
-    with utils.process_group(processes, device, options.dist_url, COLLECTIVE_TIMEOUT):
-        try:
-            return (evaluate_only if options.eval else train)(options, processes, device)
-        except WeightsError as error:
-            raise UsageError(str(error)) from error
+    with utils.deterministic_algorithms(options.deterministic):
+        device = utils.choose_device(options.device, processes)
+        utils.seed_everything(options.seed)
+        show_notices(processes)
+        with utils.process_group(processes, device, options.dist_url, COLLECTIVE_TIMEOUT):
+            try:
+                return (evaluate_only if options.eval else train)(options, processes, device)
+            except WeightsError as error:
+                raise UsageError(str(error)) from error
 
 
 def evaluate_only(options: Options, processes: Processes, device: torch.device) -> dict[str, Any]:
@@ -84,14 +85,15 @@ def evaluate_only(options: Options, processes: Processes, device: torch.device) 
     if options.compile:
         model.compile(dynamic=False)
     precision, among = precision_of(options, device), other and other.among
-    metrics = evaluate(model, data.val, precision, processes, data.dist_eval, among=among)
+    metrics = evaluate(model, data.val, precision, processes, data.dist_eval, among=among, pixels=pixels_for(options))
     report(metrics, processes, f"{TITLES[options.eval_set]}: " if other else "")
     return metrics
 
 
 def tell_other_images(options: Options, trained: dict[str, Any]) -> None:
     """Print how the images differ from those of the checkpoint's training, which may be meant, or forgotten."""
-    names = [name for name in ("input_size", "crop_pct") if name in trained and trained[name] != getattr(options, name)]
+    names = ("input_size", "crop_pct", "interpolation", "mean", "std")
+    names = [name for name in names if name in trained and trained[name] != getattr(options, name)]
     if names:
         there, here = (" ".join(f"--{n} {of[n]}" for n in names) for of in (trained, vars(options)))
         print(f"note: trained with {there}, evaluated with {here}", file=sys.stderr, flush=True)
@@ -126,6 +128,7 @@ def train(options: Options, processes: Processes, device: torch.device) -> dict[
         optimizer,
         precision,
         processes,
+        pixels_for(options),
         ema=ema,
         erase=build_erasing(options, device),
         mixup=build_mixup(options, data.num_classes),
@@ -239,7 +242,15 @@ def train_epochs(
                 home = next(candidate.parameters()).device  # the average may live in host memory
                 candidate.to(stepper.precision.device)
                 utils.share_buffers(candidate, processes)
-                metrics = evaluate(candidate, data.val, stepper.precision, processes, data.dist_eval, after_batch)
+                metrics = evaluate(
+                    candidate,
+                    data.val,
+                    stepper.precision,
+                    processes,
+                    data.dist_eval,
+                    after_batch,
+                    pixels=stepper.pixels,
+                )
                 candidate.to(home)
                 report(metrics, processes, "averaged weights: " if name == "test_ema" else "")
                 record |= {f"{name}_{figure}": metrics[figure] for figure in ("acc1", "acc5", "loss")}
@@ -373,7 +384,7 @@ def build_teacher(options: Options, num_classes: int, device: torch.device) -> n
                 f"--teacher_model {name} knows {teacher.num_classes} classes, the data has {num_classes}; "
                 "pass the --teacher_path of one that was trained on them"
             )
-    return teacher.to(device, memory_format=torch.channels_last)
+    return Teacher(teacher.to(device, memory_format=torch.channels_last), pixels_for(options), device)
 
 
 def build_erasing(options: Options, device: torch.device) -> RandomErasing | None:
@@ -406,7 +417,7 @@ def build_watcher(options: Options, data: Data, model: nn.Module, processes: Pro
     from visualize.insight import IMAGES, Watcher, check_readable
 
     check_readable(model, f"--log_attention: {options.model}")
-    return Watcher(model, options.model, normalized(data.watched(IMAGES))) if processes.is_main else None
+    return Watcher(model, options.model, data.watched(IMAGES), pixels_for(options)) if processes.is_main else None
 
 
 def precision_of(options: Options, device: torch.device) -> Precision:

@@ -40,6 +40,9 @@ class RunOptions:
     batch_size: int = option(64, "images per process and step; evaluation uses 1.5 times as many", at_least=1)
     epochs: int = option(300, "epochs to train", at_least=1)
     seed: int = option(0, "fixes weights, data order and augmentation", at_least=0)
+    deterministic: bool = option(
+        False, "use only algorithms that give the same bits in every run, slower; an operation without one is an error"
+    )
     device: str = option("auto", "auto (a GPU if there is one), cuda, cuda:N, mps or cpu")
     output_dir: str = option("", "folder of the run; empty: outputs/cls/MODEL/DATE-TIME when training")
     log_dir: str = option("", "folder for TensorBoard; empty: OUTPUT_DIR/tf_record_log")
@@ -147,7 +150,18 @@ class AugmentationOptions:
     resplit: bool = option(
         False, "accepted because published commands have it; acts on augmentation splits, not made here"
     )
-    crop_pct: float | None = option(None, "evaluation: centre crop as a fraction of the resized side; null: 224/256")
+    crop_pct: float | None = option(
+        None, "evaluation: centre crop as a fraction of the resized side; null: as the model wants, ours 224/256"
+    )
+    interpolation: str | None = option(
+        None,
+        "evaluation: resizing; null: as the model wants, ours bicubic",
+        choices=("bilinear", "bicubic", "nearest", "lanczos"),
+    )
+    mean: list[float] | None = option(
+        None, "mean of the pixels in 0..1: red, green, blue; null: as the model wants, ours ImageNet's"
+    )
+    std: list[float] | None = option(None, "deviation of the pixels; null: as the model wants, ours ImageNet's")
 
 
 @dataclass
@@ -337,7 +351,7 @@ def check_ranges(options: Any, prefix: str) -> None:
     for spec in fields(options):
         value = getattr(options, spec.name)
         choices, at_least = spec.metadata["choices"], spec.metadata["at_least"]
-        if choices and value not in choices:
+        if choices and value is not None and value not in choices:
             raise UsageError(f"{prefix}{spec.name} must be one of {', '.join(choices)}, not {value!r}")
         if at_least is not None and value is not None and not value >= at_least:  # not a number, either
             raise UsageError(f"{prefix}{spec.name} must be at least {at_least}, not {value}")

@@ -34,7 +34,7 @@ def measure(model: str, clicks: int) -> dict[str, list[float]]:
     choice = session.Choice(model)
     subject = session.subject_of(choice)
     photos = list(session.samples().values())
-    image = to_tensor(subject.view(photos[0].image))
+    image = to_tensor(subject.view(photos[0].image), subject.pixels)
 
     @torch.no_grad()
     def forward() -> None:

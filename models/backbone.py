@@ -4,6 +4,8 @@ Maps between stages are (B, C, H, W), kept in channels-last memory, at strides 4
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -267,6 +269,23 @@ class Backbone(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
+def construct(
+    model_class: type[Backbone],
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    output_stride: int = STRIDES[-1],
+    **kwargs: Any,
+) -> Backbone:
+    """A model with timm's factory arguments, made on `device`. ValueError for an output stride other than 32."""
+    if output_stride != STRIDES[-1]:
+        raise ValueError(
+            f"{model_class.__name__} has an output stride of {STRIDES[-1]}, not {output_stride}: its stages cannot be "
+            "dilated; choose a decoder that takes strides 4 to 32"
+        )
+    with nullcontext() if device is None else torch.device(device):
+        return model_class(**kwargs).to(dtype=dtype)
+
+
 def build_variant(model_class: type[Backbone], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     """timm's builder with what all families share. `pretrained` takes the release unless another source is given."""
     if pretrained:
@@ -277,7 +296,7 @@ def build_variant(model_class: type[Backbone], variant: str, pretrained: bool, *
             found = {"file": str(find_release(cfg.url.removeprefix(RELEASE))), "custom_load": True}
             kwargs["pretrained_cfg_overlay"] = {**(kwargs.get("pretrained_cfg_overlay") or {}), **found}
     return build_model_with_cfg(
-        model_class,
+        partial(construct, model_class),
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,

@@ -80,7 +80,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "biformer_base": {"depths": (4, 4, 18, 4), "embed_dims": (96, 192, 384, 768), "num_heads": (3, 6, 12, 8)},
 }
 
-default_cfgs = generate_default_cfgs({f"{variant}.in1k": default_cfg(url=RELEASE + variant) for variant in VARIANTS})
+default_cfgs = generate_default_cfgs(
+    {f"{variant}.in1k": default_cfg(url=RELEASE + variant, paper_ids="arXiv:2303.08810") for variant in VARIANTS}
+)
 
 
 def _create(variant: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:

@@ -1,6 +1,7 @@
 """DeBiFormer: bi-level routing attention followed by deformable agents (arXiv 2410.08582)."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from timm.layers import DropPath, to_2tuple
@@ -134,12 +135,13 @@ VARIANTS: dict[str, dict[str, Any]] = {
     },
 }
 
+_cfg = partial(default_cfg, paper_ids="arXiv:2410.08582")
 default_cfgs = generate_default_cfgs(
     {
-        "debiformer_tiny.in1k": default_cfg(url=RELEASE + "debiformer_tiny"),
-        "debiformer_small.in1k": default_cfg(url=RELEASE + "debiformer_small"),
-        "debiformer_base.in1k": default_cfg(url=RELEASE + "debiformer_base"),
-        "debiformer_nano.untrained": default_cfg(input_size=(3, 64, 64), pool_size=(2, 2), crop_pct=1.0),
+        "debiformer_tiny.in1k": _cfg(url=RELEASE + "debiformer_tiny"),
+        "debiformer_small.in1k": _cfg(url=RELEASE + "debiformer_small"),
+        "debiformer_base.in1k": _cfg(url=RELEASE + "debiformer_base"),
+        "debiformer_nano.untrained": _cfg(input_size=(3, 64, 64), pool_size=(2, 2)),
     }
 )
 

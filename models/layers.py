@@ -58,14 +58,8 @@ class DepthwiseConv(nn.Conv2d):
 class ResidualDepthwiseConv(DepthwiseConv):
     """x + conv(x) of a map (B, C, H, W), with the keys of the convolution alone, as published."""
 
-    def __init__(self, dim: int, kernel_size: int) -> None:
-        super().__init__(dim, kernel_size)
-        identity = torch.zeros(kernel_size, kernel_size)
-        identity[kernel_size // 2, kernel_size // 2] = 1
-        self.register_buffer("identity", identity, persistent=False)
-
     def forward(self, x: Tensor) -> Tensor:
-        return ops.residual_depthwise(x, self.weight, self.bias, self.identity)
+        return ops.residual_depthwise(x, self.weight, self.bias)
 
     @torch.no_grad()
     def fuse(self) -> DepthwiseConv:
@@ -73,7 +67,7 @@ class ResidualDepthwiseConv(DepthwiseConv):
         dim, _, size, _ = self.weight.shape
         fused = DepthwiseConv(dim, size).to(self.weight)
         fused.load_state_dict(self.state_dict())
-        fused.weight += self.identity
+        fused.weight[:, :, size // 2, size // 2] += 1
         return fused
 
 

@@ -9,9 +9,9 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import torch
 import torch.fx
 from timm.layers import DropPath, LayerNorm2d
-from timm.layers.pos_embed_rel import RelPosBiasTf
 from timm.models import generate_default_cfgs, register_model
 from timm.models.maxxvit import Attention2d
 from torch import Tensor, nn
@@ -64,15 +64,42 @@ class PooledRoutingAttention(nn.Module):
         return self.output_linear(out + lepe)
 
 
+class RelativePositionBias(nn.Module):
+    """A bias for each head and each pair of tokens of a window: timm's `RelPosBiasTf`, and its parameter's key.
+
+    timm's has buffers that no checkpoint holds, and that a model built on the meta device is left without.
+    """
+
+    def __init__(self, window_size: tuple[int, int], num_heads: int, **factory: Any) -> None:
+        super().__init__()
+        self.window_size = window_size
+        height, width = window_size
+        self.relative_position_bias_table = nn.Parameter(
+            torch.empty(num_heads, 2 * height - 1, 2 * width - 1, **factory)
+        )
+        nn.init.normal_(self.relative_position_bias_table, std=0.02)
+
+    def get_bias(self) -> Tensor:
+        """(heads, queries, keys), both row-major; the table is indexed by where the key is, seen from the query."""
+        height, width = self.window_size
+        area = height * width
+        views = self.relative_position_bias_table.unfold(1, height, 1).unfold(2, width, 1)
+        return views.flip(1, 2).reshape(-1, area, area)
+
+    def forward(self, attention: Tensor) -> Tensor:
+        """Add the bias to logits (B, heads, queries, keys)."""
+        return attention + self.get_bias()
+
+
 class PartitionAttention(Attention2d):
     """MaxViT's attention in windows of size x size neighbouring tokens, or over a size x size grid of distant ones.
 
-    timm's attention and relative position bias with 32-channel heads, (B, H, W, C) in and out. Sides that are no
+    timm's attention, relative position bias included, with 32-channel heads, (B, H, W, C) in and out. Sides that are no
     multiple of `size` are zero-padded; the padding takes part in the attention.
     """
 
     def __init__(self, dim: int, size: int, grid: bool) -> None:
-        position_bias = partial(RelPosBiasTf, window_size=(size, size))
+        position_bias = partial(RelativePositionBias, (size, size))
         super().__init__(dim, dim, dim_head=32, head_first=False, rel_pos_cls=position_bias)
         self.size, self.grid = size, grid
 
@@ -272,9 +299,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 default_cfgs = generate_default_cfgs(
     {
-        "biformer_stl.in1k": default_cfg(url=RELEASE + "biformer_stl"),
-        "biformer_stl_nchw.in1k": default_cfg(url=RELEASE + "biformer_stl_nchw"),
-        "maxvit_stl.untrained": default_cfg(),
+        "biformer_stl.in1k": default_cfg(url=RELEASE + "biformer_stl", paper_ids="arXiv:2303.08810"),
+        "biformer_stl_nchw.in1k": default_cfg(url=RELEASE + "biformer_stl_nchw", paper_ids="arXiv:2303.08810"),
+        "maxvit_stl.untrained": default_cfg(paper_ids="arXiv:2204.01697"),
     }
 )
 

@@ -21,14 +21,16 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def residual_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, identity: Tensor) -> Tensor:
+def residual_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x + a depthwise convolution of x (B, C, H, W), with a stride of one and the map's size kept.
 
-    weight: (C, 1, k, k); identity: (k, k), a one in the middle of zeros. The sum is one convolution, whose kernel has
-    the identity in it; in half precision it is not, for beside the one the kernel would lose its last digits.
+    weight: (C, 1, k, k), k odd. The sum is one convolution, whose kernel has a one added in the middle; in half
+    precision it is not, for beside the one the kernel would lose its last digits.
     """
     channels, _, size, _ = weight.shape
     exact = x.dtype in (torch.float32, torch.float64) and x.device.type in ("cpu", "cuda")
     merged = exact and not torch.is_autocast_enabled(x.device.type)
-    out = F.conv2d(x, weight + identity if merged else weight, bias, padding=size // 2, groups=channels)
+    if merged:
+        weight = weight + F.pad(weight.new_ones(1, 1), [size // 2] * 4)
+    out = F.conv2d(x, weight, bias, padding=size // 2, groups=channels)
     return out if merged else x + out

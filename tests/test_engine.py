@@ -13,11 +13,11 @@ from timm.data.random_erasing import RandomErasing
 from timm.utils import ModelEmaV3
 from torch import nn
 
-import engine
 import main
 import models  # noqa: F401
 from engine import LossMeter, Precision, Stepper, evaluate, train_one_epoch
 from errors import NonFiniteLoss
+from models.pixels import Pixels, normalize
 from optim_factory import DistillationLoss, PlainLoss, build_loss, build_optimizer, build_scheduler
 from options import Options
 from utils import Processes
@@ -242,12 +242,10 @@ def test_smoothing_is_left_to_mixing():
 
 def test_pixels_are_normalised_on_the_device_as_timm_does_on_the_host():
     pixels = np.random.default_rng(0).integers(0, 256, (40, 44, 3)).astype(np.uint8)
-    plain, expected = (
-        create_transform(32, normalize=normalize)(Image.fromarray(pixels)) for normalize in (False, True)
-    )
+    plain, expected = (create_transform(32, normalize=on_host)(Image.fromarray(pixels)) for on_host in (False, True))
     assert plain.dtype == torch.uint8
-    assert torch.equal(engine.normalized(plain[None])[0], expected)
-    assert torch.equal(engine.normalized(expected), expected)
+    assert torch.equal(normalize(plain[None], Pixels())[0], expected)
+    assert torch.equal(normalize(expected, Pixels()), expected)
 
 
 def test_a_training_run_erases_parts_of_its_images(small_options, monkeypatch):

@@ -181,9 +181,9 @@ def test_a_run_stopped_while_it_evaluates_goes_on_there(small_options, monkeypat
     main.run(whole)
     stopped, evaluate = small_options(), main.evaluate
 
-    def interrupted(*args):
+    def interrupted(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
-        return evaluate(*args)
+        return evaluate(*args, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(main, "evaluate", interrupted)

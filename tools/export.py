@@ -14,17 +14,19 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
 import safetensors.torch
 import timm
 import torch
+from timm.data import ImageNetInfo
 from timm.models import save_for_hf
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from datasets import eval_crop
+from datasets import pixels_for
 from errors import UsageError, exit_on_error
 from models.labels import in_words
 from ops.backend import use_backend
@@ -41,13 +43,15 @@ pipeline_tag: image-classification
 ---
 # {name}
 
-Images of {size} x {size} pixels, {classes} classes. In a checkout of the project that defines the model:
+Images of {size} x {size} pixels, {classes} classes{papers}. In a checkout of the project that defines the model:
 
 ```python
 import timm, models
 
 model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
 ```
+
+With transformers, once `models` is imported: `AutoModelForImageClassification.from_pretrained("FOLDER")`.
 """
 
 
@@ -93,12 +97,15 @@ def export_safetensors(loaded: Loaded, path: Path) -> float:
 
     `models.weights.load_checkpoint` brings them back. Returns how far the logits of the weights in the file are off.
     """
-    options = loaded.options
+    options, pixels = loaded.options, pixels_for(loaded.options)
     description = {
         "model": options.model,
         "model_kwargs": options.model_kwargs,
         "input_size": options.input_size,
-        "crop_pct": eval_crop(options.data_set, options.input_size, options.crop_pct),
+        "crop_pct": pixels.crop_pct,
+        "interpolation": pixels.interpolation,
+        "mean": pixels.mean,
+        "std": pixels.std,
         "classes": loaded.labels,
     }
     weights = {name: value.contiguous() for name, value in loaded.model.state_dict().items()}
@@ -114,21 +121,35 @@ def export_hf(loaded: Loaded, path: Path) -> float:
     Returns how far the logits of the model that timm builds from it are off.
     """
     size = loaded.options.input_size
-    crop = eval_crop(loaded.options.data_set, size, loaded.options.crop_pct)
     save_for_hf(
         loaded.model,
         path,
         model_config={
             "label_names": loaded.labels,
             "label_descriptions": dict(zip(loaded.labels, in_words(loaded.labels), strict=True)),
+            "pretrained_cfg": {"tag": training_of(loaded)},
         },
-        data_config={"input_size": (3, size, size), "crop_pct": crop},
+        data_config={"input_size": (3, size, size), **asdict(pixels_for(loaded.options))},
         safe_serialization=True,
     )
-    card = MODEL_CARD.format(name=loaded.options.model, size=size, classes=len(loaded.labels))
+    # timm reads the number of classes beside the arguments, and transformers passes it to timm a second time.
+    config = json.loads((path / "config.json").read_text())
+    del config["model_args"]["num_classes"]
+    (path / "config.json").write_text(json.dumps(config, indent=2))
+    papers = loaded.model.pretrained_cfg.get("paper_ids")
+    card = MODEL_CARD.format(
+        name=loaded.options.model, size=size, classes=len(loaded.labels), papers=f"; see {papers}" if papers else ""
+    )
     (path / "README.md").write_text(card)
     images = random_images(loaded, 2)
     return difference(loaded, images, timm.create_model(f"local-dir:{path}", pretrained=True).eval()(images))
+
+
+def training_of(loaded: Loaded) -> str:
+    """What timm's configurations tell apart by a tag: `in1k` if trained on ImageNet-1K's classes, or `untrained`."""
+    if not loaded.trained:
+        return "untrained"
+    return "in1k" if loaded.labels == ImageNetInfo().label_names() else ""
 
 
 FORMATS: dict[str, Callable[[Loaded, Path], float]] = {
@@ -150,6 +171,13 @@ def difference(loaded: Loaded, images: Tensor, logits: Tensor) -> float:
     return float((logits - expected).abs().max() / expected.abs().max())
 
 
+def make_readable(path: Path) -> None:
+    """Give a file, or those in a folder, their new folder's permissions: safetensors leaves files to their owner."""
+    mode = path.parent.stat().st_mode & 0o666
+    for file in path.iterdir() if path.is_dir() else [path]:
+        file.chmod(mode)
+
+
 @torch.no_grad()
 def export(loaded: Loaded, kind: str, path: Path) -> float:
     """Write the model to `path` in one of FORMATS, whole or not at all. Returns how far its logits are off.
@@ -163,10 +191,12 @@ def export(loaded: Loaded, kind: str, path: Path) -> float:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
-            temporary = Path(folder, path.name)
+            temporary = Path(folder, "written", path.name)
+            temporary.parent.mkdir()
             error = FORMATS[kind](loaded, temporary)
             if not error <= TOLERANCE:
                 raise UsageError(f"the logits of what was exported are off by {error:.1e} of the largest; not kept")
+            make_readable(temporary)
             os.replace(temporary, path)
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error.strerror or error}; choose another --output") from error

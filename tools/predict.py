@@ -8,10 +8,10 @@ from collections.abc import Iterator, Sequence
 import torch
 
 import utils
-from datasets import ImageFiles, Key, Transformed, eval_transform
-from engine import normalized
+from datasets import ImageFiles, Key, Transformed, eval_transform, pixels_for
 from errors import UsageError, exit_on_error
 from models.labels import in_words
+from models.pixels import normalize
 
 from .loading import UNTRAINED, Loaded, load_from, model_parser
 
@@ -25,11 +25,11 @@ def predict(
     Synsets are given by what they mean. UsageError for a file that is no image, and for a size the model cannot take.
     """
     images = Transformed(ImageFiles([(path, 0) for path in paths], []), eval_transform(loaded.options), seed=0)
-    model = loaded.model.to(device)
+    model, pixels = loaded.model.to(device), pixels_for(loaded.options)
     for number, path in enumerate(paths):
         image, _ = images[Key(number)]
         try:
-            logits = model(normalized(image[None].to(device)))
+            logits = model(normalize(image[None].to(device), pixels))
         except (AssertionError, RuntimeError, ValueError) as error:
             reason = str(error).partition("\n")[0]
             raise UsageError(f"--input_size {loaded.options.input_size}: {reason}") from error

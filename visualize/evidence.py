@@ -63,7 +63,7 @@ def evidence_panels(subject: Subject, view: Image.Image, class_number: int, seco
 
     UsageError if it takes longer than `seconds`, or a library is missing.
     """
-    picture, image = np.asarray(view), to_tensor(view)
+    picture, image = np.asarray(view), to_tensor(view, subject.pixels)
     name = subject.classes[class_number]
     with subject.lock, time_limit(subject.model, seconds):
         cam = grad_cam(subject.model, image, class_number)

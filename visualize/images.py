@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import center_crop, resize
 
 from errors import UsageError
+from models.pixels import Pixels, normalize
 
 SMALLEST_SIDE, LARGEST_SIDE = 8, 8192
 """Pixels: scikit-learn's digits are 8 wide; a decoded image of the largest size takes 200 MB."""
@@ -74,20 +74,19 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray(((values - low) / (high - low) * 255).round().astype(np.uint8))
 
 
-def view_of(image: Image.Image, side: int, crop_pct: float) -> Image.Image:
+def view_of(image: Image.Image, side: int, pixels: Pixels) -> Image.Image:
     """The square of `side` pixels that evaluation crops out of an RGB image: `crop_pct` of its shorter side."""
     shorter = min(image.size)
     longest = LONGEST_PROPORTION * shorter
     if max(image.size) > longest:
         image = center_crop(image, [min(edge, longest) for edge in reversed(image.size)])
-    return center_crop(resize(image, math.floor(side / crop_pct), InterpolationMode.BICUBIC), side)
+    resized = resize(image, math.floor(side / pixels.crop_pct), str_to_interp_mode(pixels.interpolation))
+    return center_crop(resized, side)
 
 
-def to_tensor(view: Image.Image) -> Tensor:
+def to_tensor(view: Image.Image, pixels: Pixels) -> Tensor:
     """(1, 3, height, width) float32, normalised as in training."""
-    pixels = torch.from_numpy(np.array(view, dtype=np.float32) / 255)
-    mean, std = torch.tensor(IMAGENET_DEFAULT_MEAN), torch.tensor(IMAGENET_DEFAULT_STD)
-    return ((pixels - mean) / std).permute(2, 0, 1)[None]
+    return normalize(torch.from_numpy(np.array(view)).permute(2, 0, 1)[None], pixels)
 
 
 def image_files(path: str | Path) -> list[Path]:

@@ -10,8 +10,9 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import FigureBase
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor, nn
+
+from models.pixels import Pixels, denormalize, normalize
 
 from . import figures, maps
 from .capture import AgentLayer, Capture, Layer, capture, check_readable
@@ -33,13 +34,13 @@ class Insight:
 class Watcher:
     """Looks at the same images again and again.
 
-    images: (N, 3, height, width), normalised as for the model. UsageError if the model, called `name`, has nothing to
-    show.
+    images: (N, 3, height, width) uint8, or floats, which are taken for normalised with `pixels`. UsageError if the
+    model, called `name`, has nothing to show.
     """
 
-    def __init__(self, model: nn.Module, name: str, images: Tensor) -> None:
+    def __init__(self, model: nn.Module, name: str, images: Tensor, pixels: Pixels) -> None:
         check_readable(model, name)
-        self.model, self.images = model, images
+        self.model, self.images, self.pixels = model, normalize(images, pixels), pixels
 
     def look(self) -> Insight:
         """The attention of the model as it is now. Takes one forward pass per image, without effect on the training."""
@@ -52,7 +53,7 @@ class Watcher:
                     found[name].append(value)
         pictures = {}
         for number, (one, image) in enumerate(zip(captures, self.images, strict=True)):
-            picture = picture_of(image)
+            picture = picture_of(image, self.pixels)
             pictures[f"attention_routing/image_{number}"] = stages_in_a_row(one, picture, _draw_routing)
             if any(isinstance(layer, AgentLayer) for layer in one.layers):
                 pictures[f"attention_agents/image_{number}"] = stages_in_a_row(one, picture, _draw_agents)
@@ -83,11 +84,10 @@ def warnings_of(layer: Layer) -> dict[str, float]:
     return result
 
 
-def picture_of(image: Tensor) -> np.ndarray:
+def picture_of(image: Tensor, pixels: Pixels) -> np.ndarray:
     """(3, height, width), normalised as in training -> (height, width, 3) uint8."""
-    mean, std = (torch.tensor(values, device=image.device) for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    pixels = image.float().permute(1, 2, 0) * std + mean
-    return (pixels.clamp(0, 1) * 255).round().byte().cpu().numpy()
+    shown = denormalize(image[None], pixels)[0].permute(1, 2, 0)
+    return (shown * 255).round().byte().cpu().numpy()
 
 
 def stages_in_a_row(found: Capture, picture: np.ndarray, draw: Drawing) -> Image.Image:

@@ -16,6 +16,7 @@ from datasets import eval_crop
 from errors import UsageError, did_you_mean
 from models.arguments import check_arguments
 from models.labels import in_words, labels_of
+from models.pixels import Pixels, pixels_of
 from models.weights import check_outline, count_classes, load_checkpoint, load_weights, options_of, weights_of
 from models.weights.releases import find_release
 
@@ -30,7 +31,7 @@ MAX_INPUT_SIZE = 512
 class Subject:
     """model: in evaluation mode on the CPU. classes: names, one per logit. origin: where the weights come from.
 
-    input_size: side of the square picture in pixels; crop_pct: the part of the image that evaluation crops.
+    input_size: side of the square picture in pixels; pixels: how it is cut out of an image and normalised.
     """
 
     name: str
@@ -39,7 +40,7 @@ class Subject:
     origin: str
     trained: bool
     input_size: int
-    crop_pct: float
+    pixels: Pixels
     lock: Any = field(default_factory=threading.Lock, repr=False)
 
     @property
@@ -50,7 +51,7 @@ class Subject:
 
     def view(self, image: Image.Image) -> Image.Image:
         """The picture that the model sees of an RGB image."""
-        return view_of(image, self.input_size, self.crop_pct)
+        return view_of(image, self.input_size, self.pixels)
 
     def capture(self, view: Image.Image, seconds: float = math.inf) -> Capture:
         """One forward pass over a view, watched. Several threads may call it; they take turns.
@@ -58,7 +59,7 @@ class Subject:
         UsageError if the pass takes longer than `seconds`.
         """
         with self.lock, time_limit(self.model, seconds):
-            return capture(self.model, to_tensor(view))
+            return capture(self.model, to_tensor(view, self.pixels))
 
 
 def load_subject(name: str | None = None, checkpoint: str | Path | None = None, load_release: bool = False) -> Subject:
@@ -108,7 +109,11 @@ def load_subject(name: str | None = None, checkpoint: str | Path | None = None, 
         origin=str(checkpoint) if checkpoint else "untrained weights",
         trained=bool(checkpoint),
         input_size=input_size,
-        crop_pct=eval_crop(args.get("data_set", ""), input_size, args.get("crop_pct")) if args else cfg.crop_pct,
+        pixels=pixels_of(
+            name,
+            crop_pct=eval_crop(args.get("data_set", ""), input_size, args.get("crop_pct")),
+            **{key: args.get(key) for key in ("mean", "std", "interpolation")},
+        ),
     )
 
 

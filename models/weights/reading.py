@@ -25,12 +25,21 @@ NESTS = ("model", "state_dict")
 """Where in a checkpoint the weights are."""
 
 MAX_SIDE = 4096
+
+
+def _three(values: list[Any], low: float, high: float) -> bool:
+    return len(values) == 3 and all(isinstance(value, float) and low <= value <= high for value in values)
+
+
 MODEL_OPTIONS: dict[str, tuple[type, Callable[[Any], bool]]] = {
     "model": (str, lambda name: len(name) <= 100),
     "model_kwargs": (dict, lambda arguments: True),  # models.arguments checks them where they are used
     "input_size": (int, lambda side: 1 <= side <= MAX_SIDE),
     "crop_pct": (float, lambda part: math.isfinite(part) and 0 < part <= 1),
     "data_set": (str, lambda name: len(name) <= 1000),
+    "interpolation": (str, lambda name: len(name) <= 100),
+    "mean": (list, lambda values: _three(values, 0, 1)),
+    "std": (list, lambda values: _three(values, 1e-3, 10)),
 }
 """Options of a training that say what its model is and what its images look like: types, and what is sensible."""
 

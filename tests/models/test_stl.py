@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from golden.fill import fill
+from timm.layers.pos_embed_rel import RelPosBiasTf
 
 from models.layers import to_nchw, to_nhwc
-from models.stl import PartitionAttention, PooledRoutingAttention
+from models.stl import PartitionAttention, PooledRoutingAttention, RelativePositionBias
 
 
 def random_map(height, width, channels):
@@ -80,3 +81,11 @@ def test_partition_attention_in_windows_and_over_grids(height, width, grid):
                 expected[:, y, z, mine] = torch.einsum("bn,bnc->bc", logits.softmax(-1), values)
     expected = F.linear(expected, module.proj.weight[:, :, 0, 0], module.proj.bias)
     torch.testing.assert_close(module(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("window_size", [(7, 7), (2, 5)])
+def test_relative_position_bias_is_that_of_timm(window_size):
+    bias, reference = RelativePositionBias(window_size, num_heads=3), RelPosBiasTf(window_size, num_heads=3)
+    reference.load_state_dict(bias.state_dict())
+    assert torch.equal(bias.get_bias(), reference.get_bias())

@@ -1,20 +1,22 @@
 """Every registered model keeps timm's promises: what any timm script may ask of a model works."""
 
+import copy
 import functools
+import itertools
 import math
 
 import pytest
 import timm
 import torch
-from timm.layers.pos_embed_rel import RelPosBiasTf
 from timm.models import group_parameters, load_checkpoint
 from timm.models._features_fx import create_feature_extractor
 from timm.models._manipulate import group_modules
-from timm.optim import param_groups_layer_decay
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import Tensor, nn
 
 import models
 from models.deformable_attention import DeformableAgentAttention
+from models.stl import RelativePositionBias
 from models.weights import checkpoint_filter_fn
 
 ALIASES = {"debi_tiny": "debiformer_tiny", "debi_small": "debiformer_small", "debi_base": "debiformer_base"}
@@ -159,6 +161,21 @@ def test_stochastic_depth_grows_linearly_over_all_blocks(name):
     assert rates == pytest.approx([0.2 * i / (len(blocks) - 1) for i in range(len(blocks))])
 
 
+@cheap_models
+def test_factory_arguments_reach_every_tensor(name):
+    model = create(name, device="meta", dtype=torch.bfloat16)
+    floats = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    assert {(t.device.type, t.dtype) for t in floats} == {("meta", torch.bfloat16)}
+    assert next(create(name, device="cpu", dtype=None).parameters()).dtype == torch.float32
+
+
+@cheap_models
+def test_output_stride_other_than_32_is_refused(name):
+    create(name, features_only=True, output_stride=32)
+    with pytest.raises(ValueError, match=r"has an output stride of 32, not 16: .* decoder"):
+        create(name, features_only=True, output_stride=16)
+
+
 # -- features -----------------------------------------------------------------------------------------------------
 
 
@@ -172,6 +189,13 @@ def test_features_only_gives_four_maps(name):
     assert len(outputs) == 4
     for out, channel, reduction in zip(outputs, channels, reductions, strict=True):
         assert out.shape == (1, channel, math.ceil(96 / reduction), math.ceil(96 / reduction))
+
+
+@every_variant
+def test_features_only_has_no_parameter_without_a_gradient(name):
+    model = create(name, features_only=True, drop_path_rate=0.0)
+    sum(out.square().mean() for out in model.train()(square_images(96))).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
 
 
 @cheap_models
@@ -356,10 +380,21 @@ def test_weight_decay_spares_exactly_the_position_tables(name):
     model = outline(name)
     modules = dict(model.named_modules())
     tables = {f"{n}.rpe_table" for n, m in modules.items() if isinstance(m, DeformableAgentAttention)}
-    tables |= {f"{n}.relative_position_bias_table" for n, m in modules.items() if isinstance(m, RelPosBiasTf)}
+    tables |= {f"{n}.relative_position_bias_table" for n, m in modules.items() if isinstance(m, RelativePositionBias)}
     assert model.no_weight_decay() == tables
     assert tables <= {n for n, _ in model.named_parameters()}
     assert bool(tables) == name.startswith(("debi", "maxvit"))
+
+
+@cheap_models
+@pytest.mark.parametrize("layer_decay", [None, 0.7])
+def test_optimizer_state_of_timm_loads_into_a_new_optimizer(name, layer_decay):
+    first, second = (
+        create_optimizer_v2(outline(name), "adamw", lr=0.1, weight_decay=0.05, layer_decay=layer_decay)
+        for _ in range(2)
+    )
+    second.load_state_dict(first.state_dict())
+    assert len(second.param_groups) == len(first.param_groups) > 1
 
 
 # -- checkpoints --------------------------------------------------------------------------------------------------
@@ -461,3 +496,16 @@ def test_model_can_be_built_without_memory(name):
         out = model.eval()(torch.empty(2, *model.default_cfg["input_size"]))
     assert out.shape == (2, 1000)
     assert {tensor.device.type for tensor in model.state_dict().values()} == {"meta"}
+
+
+@every_variant
+@torch.no_grad()
+def test_model_built_without_memory_and_loaded_strictly_is_the_same(name):
+    """As Hugging Face's from_pretrained and FSDP build models: nothing may be left as the memory was."""
+    model, twin = create(name), copy.deepcopy(outline(name)).eval().to_empty(device="cpu")
+    for tensor in itertools.chain(twin.parameters(), twin.buffers()):
+        tensor.fill_(torch.nan if tensor.is_floating_point() else -1)
+    twin.load_state_dict(model.state_dict(), strict=True)
+    x = native_images(model)
+    assert torch.equal(twin(x), model(x))
+    assert {n for n, _ in twin.named_buffers()} <= set(twin.state_dict())

@@ -121,11 +121,25 @@ def test_a_hugging_face_folder_says_all_about_a_trained_model(checkpoint, tmp_pa
     twin = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(twin(images), loaded.model(images))
+    assert config["pretrained_cfg"]["tag"] == ""
+    assert "arXiv:2410.08582" in (folder / "README.md").read_text()
     data = timm.data.resolve_model_data_config(twin)
     assert (data["input_size"], data["crop_pct"]) == ((3, 32, 32), 0.875)
     tuned = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=7)
     assert torch.equal(tuned.stages[0][0].attn1.wo.weight, loaded.model.stages[0][0].attn1.wo.weight)
     assert tuned.head.out_features == 7
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o007, 0o660)])
+def test_exported_files_have_the_permissions_of_new_files(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        for kind in ("safetensors", "hf"):
+            export.export(load_model("debiformer_nano"), kind, tmp_path / kind)
+    finally:
+        os.umask(before)
+    files = [tmp_path / "safetensors", *(tmp_path / "hf").iterdir()]
+    assert {file.stat().st_mode & 0o777 for file in files} == {mode}
 
 
 # -- what is refused

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from datasets import eval_transform
-from engine import normalized
 from errors import UsageError
+from models.pixels import Pixels, normalize
 from options import Options
 from visualize.images import image_files, open_image, to_tensor, view_of
 
@@ -66,13 +66,13 @@ def test_folders_and_missing_files(tmp_path):
 
 @pytest.mark.parametrize("crop_pct", [1.0, 224 / 256])
 def test_the_view_is_the_evaluation_view(crop_pct):
-    pixels = np.random.default_rng(0).integers(0, 255, (81, 123, 3), np.uint8)
-    image = Image.fromarray(pixels)
-    expected = normalized(eval_transform(Options(input_size=64, crop_pct=crop_pct))(image))
-    torch.testing.assert_close(to_tensor(view_of(image, 64, crop_pct))[0], expected)
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (81, 123, 3), np.uint8))
+    pixels = Pixels(crop_pct=crop_pct)
+    expected = normalize(eval_transform(Options(input_size=64, crop_pct=crop_pct))(image)[None], pixels)[0]
+    torch.testing.assert_close(to_tensor(view_of(image, 64, pixels), pixels)[0], expected)
 
 
 @settings(derandomize=True, max_examples=30, deadline=None, database=None)
 @given(width=st.integers(1, 3000), height=st.integers(1, 40), side=st.integers(8, 64))
 def test_views_of_any_proportions_are_square(width, height, side):
-    assert view_of(Image.new("RGB", (width, height)), side, 0.875).size == (side, side)
+    assert view_of(Image.new("RGB", (width, height)), side, Pixels()).size == (side, side)

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main as program
 import models  # noqa: F401
 from errors import UsageError
+from models.pixels import Pixels
 from visualize.capture import capture
 from visualize.insight import Watcher, picture_of, warnings_of
 
@@ -65,7 +66,7 @@ def test_saturation_counts_agents_at_the_edge_of_the_picture_but_no_padding(laye
 
 
 def test_a_look_has_numbers_and_pictures_of_every_stage(nano):
-    found = Watcher(nano, "debiformer_nano", IMAGES).look()
+    found = Watcher(nano, "debiformer_nano", IMAGES, Pixels()).look()
     kinds = ("routing_entropy", "windows_unread")
     places = [f"stage_{stage}_{who}" for stage in (1, 2, 3) for who in ("tokens", "agents")] + ["stage_4_agents"]
     expected = {f"attention_{kind}/{place}" for kind in kinds for place in places}
@@ -79,7 +80,7 @@ def test_a_look_has_numbers_and_pictures_of_every_stage(nano):
 
 
 def test_numbers_are_means_over_images_and_blocks(nano):
-    found = Watcher(nano, "debiformer_nano", IMAGES).look()
+    found = Watcher(nano, "debiformer_nano", IMAGES, Pixels()).look()
     name = "attention_routing_entropy/stage_3_tokens"
     values = [warnings_of(layer).get(name) for image in IMAGES for layer in capture(nano, image[None]).layers]
     values = [value for value in values if value is not None]
@@ -90,7 +91,7 @@ def test_numbers_are_means_over_images_and_blocks(nano):
 def test_a_look_changes_no_random_number_and_no_weight(nano):
     nano.train()
     state, weights = torch.get_rng_state(), {name: value.clone() for name, value in nano.state_dict().items()}
-    Watcher(nano, "debiformer_nano", IMAGES).look()
+    Watcher(nano, "debiformer_nano", IMAGES, Pixels()).look()
     assert nano.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, weights[name]) for name, value in nano.state_dict().items())
@@ -98,7 +99,9 @@ def test_a_look_changes_no_random_number_and_no_weight(nano):
 
 
 def test_biformer_has_no_agents_to_show():
-    found = Watcher(timm.create_model("biformer_tiny", depths=(1, 1, 1, 1)), "biformer_tiny", IMAGES[:1]).look()
+    found = Watcher(
+        timm.create_model("biformer_tiny", depths=(1, 1, 1, 1)), "biformer_tiny", IMAGES[:1], Pixels()
+    ).look()
     assert set(found.pictures) == {"attention_routing/image_0"}
     assert not any("offset" in name or "stage_4" in name for name in found.scalars)
 
@@ -107,7 +110,7 @@ def test_pictures_are_what_was_normalised():
     from visualize.images import to_tensor
 
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
-    assert np.array_equal(picture_of(to_tensor(Image.fromarray(pixels))[0]), pixels)
+    assert np.array_equal(picture_of(to_tensor(Image.fromarray(pixels), Pixels())[0], Pixels()), pixels)
 
 
 def events_of(folder):

@@ -85,8 +85,8 @@ def test_a_checkpoint_is_shown_what_its_evaluation_saw(trained, tmp_path):
         args = {**content["args"], "data_set": data_set, "crop_pct": crop_pct}
         torch.save({**content, "args": args}, tmp_path / "best.pth")
         subject = load_subject(checkpoint=tmp_path / "best.pth")
-        assert (subject.crop_pct, subject.input_size, subject.name) == (expected, 32, "debiformer_nano")
-    assert load_subject("debiformer_tiny").crop_pct == 0.875
+        assert (subject.pixels.crop_pct, subject.input_size, subject.name) == (expected, 32, "debiformer_nano")
+    assert load_subject("debiformer_tiny").pixels.crop_pct == 0.875
 
 
 def test_a_query_moves_the_picture_of_its_window(trained, photo, tmp_path):
