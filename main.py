@@ -1,6 +1,8 @@
 """Train and evaluate: python main.py --help."""
 
+import inspect
 import os
+import re
 import sys
 import tempfile
 import time
@@ -14,14 +16,13 @@ import torch
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import models
 import utils
 from checkpoint import BEST, LAST, TrainingState, build_checkpoint, load_latest, save_checkpoint
-from datasets import Data, build_data
+from datasets import Data, build_data, train_transform
 from engine import LossMeter, Precision, Stepper, check_weights, evaluate, normalized, train_one_epoch
 from errors import Stopped, UsageError, did_you_mean, exit_on_error
 from eval_sets import TITLES, open_eval_set
@@ -34,8 +35,8 @@ from models.weights import (
     options_of,
     weights_of,
 )
-from optim_factory import build_loss, build_optimizer, build_scheduler
-from options import Options, mixing, parse_args, to_plain
+from optim_factory import build_ema, build_loss, build_optimizer, build_scheduler, check_training, training_notes
+from options import Options, inert_notes, mixing, parse_args, to_plain
 from run_log import Progress, RunLog, describe, report, show_notices, summarise, write_options
 from utils import Processes, Request, Requests
 
@@ -53,6 +54,7 @@ def run(options: Options) -> dict[str, Any]:
     torch.backends.cudnn.benchmark = True
     utils.seed_everything(options.seed)
     show_notices(processes)
+    check_names(options, processes)
     with utils.process_group(processes, device, options.dist_url, COLLECTIVE_TIMEOUT):
         return (evaluate_only if options.eval else train)(options, processes, device)
 
@@ -70,6 +72,7 @@ def evaluate_only(options: Options, processes: Processes, device: torch.device) 
         weights = checkpoint_filter_fn(weights_of(content, options.resume, options.use_ema), model)
         load_weights(model, weights, options.resume)
         if processes.is_main:
+            tell(inert_notes(options))
             tell_other_images(options, options_of(content))
     elif processes.is_main:
         print("Neither --resume nor --load_release given: these are untrained weights")
@@ -89,7 +92,13 @@ def tell_other_images(options: Options, trained: dict[str, Any]) -> None:
     names = [name for name in ("input_size", "crop_pct") if name in trained and trained[name] != getattr(options, name)]
     if names:
         there, here = (" ".join(f"--{n} {of[n]}" for n in names) for of in (trained, vars(options)))
-        print(f"note: trained with {there}, evaluated with {here}", file=sys.stderr, flush=True)
+        tell([f"trained with {there}, evaluated with {here}"])
+
+
+def tell(notes: list[str]) -> None:
+    """Print what may be meant, or forgotten."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr, flush=True)
 
 
 def train(options: Options, processes: Processes, device: torch.device) -> dict[str, Any]:
@@ -105,10 +114,7 @@ def train(options: Options, processes: Processes, device: torch.device) -> dict[
         fresh = load_to_finetune(model, read_weights(options, path), path)
         say(f"Fine-tuning from {path}" + (f"; newly initialised: {', '.join(fresh)}" if fresh else ""))
     model.to(device, memory_format=torch.channels_last)
-    ema = None
-    if options.model_ema:
-        ema_device = torch.device("cpu") if options.model_ema_force_cpu else None
-        ema = ModelEmaV3(model, options.model_ema_decay, device=ema_device)
+    ema = build_ema(model, options)
     if options.compile:
         model.compile(dynamic=False)  # training and evaluation have few, fixed shapes
 
@@ -124,9 +130,11 @@ def train(options: Options, processes: Processes, device: torch.device) -> dict[
         ema=ema,
         erase=build_erasing(options, device),
         mixup=build_mixup(options, data.num_classes),
-        clip_grad=options.clip_grad,
+        clip_grad=options.clip_grad or None,
         accum_steps=options.accum_steps,
         seed=options.seed,
+        updates=data.updates,
+        train_mode=not options.finetune_eval_mode,
     )
     state = TrainingState(
         model,
@@ -154,6 +162,7 @@ def train(options: Options, processes: Processes, device: torch.device) -> dict[
     if processes.is_main:
         write_options(options, folder)
         describe(options, data, model, device, processes)
+        tell(inert_notes(options) + training_notes(options, data.total_batch, options.epochs * data.updates))
     watcher = build_watcher(options, data, model, processes)
     state.history.start()
     train_epochs(options, processes, folder, data, stepper, scheduler, state, watcher)
@@ -191,6 +200,8 @@ def train_epochs(
 
         def after_update(update: int, loss: Tensor) -> bool:
             lr = optimizer.param_groups[-1]["lr"]
+            if progress.due(update):
+                loss = utils.all_reduce_sum(loss, processes) / processes.world_size
             progress.advance(update, loss, lr)
             if progress.due(update):
                 meter.check(epoch)
@@ -291,23 +302,65 @@ def check_model_name(name: str, option: str) -> None:
         raise UsageError(f"unknown {option} {name!r}; {remedy}")
 
 
+def check_names(options: Options, processes: Processes) -> None:
+    """UsageError, before any data is read, for names and rates that only libraries or the process count can judge."""
+    check_model_name(options.model, "--model")
+    if options.eval:
+        return
+    if options.distillation_type != "none":
+        check_model_name(options.teacher_model, "--teacher_model")
+    check_training(options, options.batch_size * processes.world_size * options.accum_steps)
+    train_transform(options)
+
+
 def build_model(options: Options, num_classes: int) -> nn.Module:
     """The model of --model with the options' regularisation. UsageError if timm or the model refuses."""
     check_model_name(options.model, "--model")
     cfg = timm.get_pretrained_cfg(options.model, allow_unregistered=True)
     ours = timm.models.is_model_in_modules(options.model, ("debiformer", "biformer", "stl"))
     sized = ours or bool(cfg and cfg.fixed_input_size)
+    arguments = {
+        "num_classes": num_classes,
+        "drop_rate": options.drop,
+        "drop_path_rate": options.drop_path,
+        **({"img_size": options.input_size} if sized else {}),
+        **options.model_kwargs,
+    }
+    return _create_model(options, arguments)
+
+
+def _create_model(options: Options, arguments: dict[str, Any]) -> nn.Module:
     try:
-        return timm.create_model(
-            options.model,
-            num_classes=num_classes,
-            drop_rate=options.drop,
-            drop_path_rate=options.drop_path or None,
-            **({"img_size": options.input_size} if sized else {}),
-            **options.model_kwargs,
-        )
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"--model {options.model}: {error}") from error
+        return timm.create_model(options.model, **arguments)
+    except TypeError as error:
+        # A rate that nobody has to have asked for is no reason to refuse a model.
+        if _unexpected_argument(error) == "drop_path_rate" and options.drop_path in (0, Options.drop_path):
+            if options.drop_path and utils.find_processes().is_main:
+                tell([f"{options.model} has no stochastic depth: --drop_path {options.drop_path} has no effect"])
+            return _create_model(options, {name: arguments[name] for name in arguments if name != "drop_path_rate"})
+        raise UsageError(_refusal(options, error)) from error
+    except ValueError as error:
+        raise UsageError(_refusal(options, error)) from error
+
+
+def _unexpected_argument(error: Exception) -> str | None:
+    """The keyword argument that a call did not know, from Python's words or timm's."""
+    found = re.search(r"unexpected keyword argument(?:\(s\):)? \[?'(\w+)'", str(error))
+    return found and found[1]
+
+
+def _refusal(options: Options, error: Exception) -> str:
+    """What is wrong with the model's options, with the closest argument's name for one that it does not know."""
+    name = _unexpected_argument(error)
+    if name == "drop_path_rate":
+        return f"--drop_path {options.drop_path}: {options.model} has no stochastic depth; leave the option out"
+    if name not in options.model_kwargs:
+        return f"--model {options.model}: {error}"
+    module = sys.modules[timm.models.model_entrypoint(options.model).__module__]
+    model_class = getattr(module, str(error).partition(".")[0], None)
+    known = inspect.signature(model_class).parameters if model_class else ()
+    remedy = did_you_mean(name, known, f"it is no argument of {options.model}")
+    return f"--model_kwargs {name}: {options.model} does not know it; {remedy}"
 
 
 def release_of(options: Options, model: nn.Module) -> Path:
