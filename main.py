@@ -1,5 +1,6 @@
 """Train and evaluate: python main.py --help."""
 
+import contextlib
 import inspect
 import os
 import re
@@ -7,12 +8,15 @@ import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.scheduler.scheduler import Scheduler
@@ -44,6 +48,8 @@ if TYPE_CHECKING:
     from visualize.insight import Watcher
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+HUB_TIMEOUT = 5
+"""Seconds within which the Hugging Face Hub has to answer."""
 AMP_DTYPES = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -398,6 +404,20 @@ def distribute(model: nn.Module, processes: Processes, options: Options, precisi
     return wrapped
 
 
+@contextlib.contextmanager
+def offline_if_unreachable() -> Iterator[None]:
+    """Within the block, do not wait a minute for a Hugging Face Hub that does not answer: only its cache is used."""
+    before = constants.HF_HUB_OFFLINE
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
+    except Exception:  # its HTTP library differs from version to version
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def build_teacher(options: Options, num_classes: int, device: torch.device) -> nn.Module | None:
     """The frozen teacher of --distillation_type; None without distillation."""
     if options.distillation_type == "none":
@@ -409,7 +429,8 @@ def build_teacher(options: Options, num_classes: int, device: torch.device) -> n
         load_weights(teacher, weights_of(load_checkpoint(path), path), path)
     else:
         try:
-            teacher = timm.create_model(name, pretrained=True)
+            with offline_if_unreachable():
+                teacher = timm.create_model(name, pretrained=True)
         except UsageError:
             raise
         except Exception as error:  # whatever the library that downloads makes of a lost connection
