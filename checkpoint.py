@@ -67,7 +67,7 @@ class TrainingState:
         saved = checkpoint["optimizer"]
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved["param_groups"]]:
             raise UsageError(
-                f"{path}: its optimizer's parameter groups differ; use its --opt, --layer_decay, --decay_position_tables"
+                f"{path}: its optimizer has other groups; use its --opt, --layer_decay, --decay_position_tables"
             )
         self.model.load_state_dict(weights)
         if self.model_ema is not None:

@@ -200,7 +200,7 @@ class ScheduleOptions:
         30.0, "epochs between decays of the step schedule; length of the final decay of wsd and rsqrt", at_least=1
     )
     decay_milestones: list[float] = option(
-        [30, 60], "epochs at which the multistep schedule decays", above=0, ascending=True
+        [30, 60], "epochs, counted from 1, at whose start the multistep schedule decays", above=0, ascending=True
     )
     warmup_epochs: int = option(5, "epochs of linear warm-up; fewer than `epochs`", at_least=0)
     decay_rate: float = option(

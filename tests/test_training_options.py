@@ -90,7 +90,7 @@ def test_recipes_at_their_batch_have_the_published_schedule(recipe, batch, warmu
 
 def test_multistep_decays_at_its_milestones():
     options = Options(sched="multistep", epochs=8, warmup_epochs=0, decay_milestones=[3, 6], lr=1.0)
-    assert rates_of(options, 512) == pytest.approx([1, 1, 1, 0.1, 0.1, 0.1, 0.01, 0.01])
+    assert rates_of(options, 512) == pytest.approx([1, 1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01])
 
 
 def test_a_schedule_that_hardly_decays_is_told():
@@ -281,11 +281,8 @@ def test_the_recipe_for_fine_tuning_learns_150_photos(run_small, photos, tmp_pat
     small = [word for word in SMALL_RUN[: SMALL_RUN.index("--num_workers")] if word not in ("--epochs", "2")]
     small = [*small[: small.index("--batch_size")], *small[small.index("--batch_size") + 2 :]]
     run = ["--recipe", "finetune", *small, "--num_workers", "0", "--device", "cpu", "--finetune", weights]
-    metrics = main.run(
-        parse_args([*map(str, run), "--data_path", str(photos), "--output_dir", str(tmp_path / "tuned")])
-    )
+    main.run(parse_args([*map(str, run), "--data_path", str(photos), "--output_dir", str(tmp_path / "tuned")]))
     best = load_checkpoint(tmp_path / "tuned" / BEST)["best"]
-    print(metrics, best)
     assert best["acc1"] > 90
 
 
@@ -318,7 +315,7 @@ def documented_commands():
                 if "recipe" in line and ".py" in line
                 else []
             )
-            given = dict(re.findall(r"(?:--|\+|slurm\.)?(\w[\w-]*)[= ](\S+)", " ".join(words)))
+            given = dict(re.findall(r"(?:--|\+|slurm\.)?(\w[\w-]*)[= ]([^\s-]\S*)", " ".join(words)))
             if given.get("recipe", "") in {p.stem for p in (ROOT / "configs" / "recipe").glob("*.yaml")}:
                 default = 8 if "hydra_main.py" in line else 1
                 per_node = int(
