@@ -276,6 +276,7 @@ def photos(tmp_path):
     return tmp_path / "photos"
 
 
+@pytest.mark.slow
 def test_the_recipe_for_fine_tuning_learns_150_photos(run_small, photos, tmp_path):
     weights = run_small("--epochs", "1") / BEST
     small = [word for word in SMALL_RUN[: SMALL_RUN.index("--num_workers")] if word not in ("--epochs", "2")]
