@@ -66,7 +66,9 @@ class TrainingState:
         groups = self.optimizer.state_dict()["param_groups"]
         saved = checkpoint["optimizer"]
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in saved["param_groups"]]:
-            raise UsageError(f"{path}: its optimizer groups the parameters otherwise; use its --opt and --layer_decay")
+            raise UsageError(
+                f"{path}: its optimizer has other groups; use its --opt, --layer_decay, --decay_position_tables"
+            )
         self.model.load_state_dict(weights)
         if self.model_ema is not None:
             load_weights(self.model_ema, weights_of(checkpoint, path, ema="model_ema" in checkpoint), path)

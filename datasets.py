@@ -256,17 +256,24 @@ def _timm_source(options: Options, train: bool) -> Dataset:
 
 
 def train_transform(options: Options) -> transforms.Compose:
-    """Random crop, flip and RandAugment: PIL image -> (3, S, S) uint8. The device does the rest, see engine.py."""
-    transform = create_transform(
-        input_size=options.input_size,
-        is_training=True,
-        scale=tuple(options.scale),
-        hflip=options.hflip,
-        color_jitter=options.color_jitter,
-        auto_augment=None if options.aa in (None, "", "none", "null") else options.aa,
-        interpolation=options.train_interpolation,
-        normalize=False,
-    )
+    """Random crop, flip and RandAugment: PIL image -> (3, S, S) uint8. The device does the rest, see engine.py.
+
+    UsageError if timm does not know the policy of --aa.
+    """
+    try:
+        transform = create_transform(
+            input_size=options.input_size,
+            is_training=True,
+            scale=tuple(options.scale),
+            hflip=options.hflip,
+            color_jitter=options.color_jitter,
+            auto_augment=None if options.aa in (None, "", "none", "null") else options.aa,
+            interpolation=options.train_interpolation,
+            normalize=False,
+        )
+    except (AssertionError, LookupError, ValueError) as error:  # all else has been checked
+        known = "rand-m9-mstd0.5-inc1, augmix-m3, original, v0, 3a or none"
+        raise UsageError(f"--aa {options.aa} is not a policy of timm; try {known}") from error
     if _at_cifar_size(options.data_set, options.input_size):  # as published: shifted, not rescaled
         transform.transforms[0] = transforms.RandomCrop(options.input_size, padding=4)
     return transform

@@ -102,7 +102,8 @@ class Stepper:
     pixels: what images are normalised with.
     ema: an average of `model`'s weights to keep up. erase: random erasing of a normalised batch. mixup: mixes a batch
     and its classes.
-    clip_grad: bound of the gradient's norm.
+    clip_grad: bound of the gradient's norm. updates: per epoch, by which the average's warm-up counts.
+    train_mode: whether dropout, drop path and BatchNorm act as in training.
     """
 
     model: nn.Module
@@ -117,10 +118,12 @@ class Stepper:
     clip_grad: float | None = None
     accum_steps: int = 1
     seed: int = 0
+    updates: int = 0
+    train_mode: bool = True
 
     def step(self, batches: Sequence[tuple[Tensor, Tensor]], epoch: int, update: int, meter: LossMeter) -> Tensor:
-        """Update the weights with `accum_steps` batches. Returns the last one's loss, on the device."""
-        scaler = self.precision.scaler
+        """Update the weights with `accum_steps` batches. Returns their mean loss on this process, on the device."""
+        scaler, losses = self.precision.scaler, []
         for number, (images, targets) in enumerate(batches):
             images, targets = to_device(images, targets, self.precision.device, self.pixels)
             seed_everything(self.seed, epoch, update, number, self.processes.rank)
@@ -133,6 +136,7 @@ class Stepper:
                     loss = self.loss_fn(images, self.model(images), targets)
                 scaler.scale(loss / len(batches)).backward()
             meter.add(loss, update)
+            losses.append(loss.detach())
         if self.clip_grad is not None:
             scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
@@ -140,8 +144,9 @@ class Stepper:
         scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
-            self.ema.update(unwrapped(self.model))
-        return loss.detach()
+            count = epoch * self.updates + update + 1
+            self.ema.update(unwrapped(self.model), step=count if self.ema.use_warmup else None)
+        return torch.stack(losses).mean()
 
     def _gradients_stay_local(self, local: bool) -> AbstractContextManager:
         distributed = isinstance(self.model, DistributedDataParallel)
@@ -174,7 +179,7 @@ def train_one_epoch(
     batches: (images (B, 3, S, S) uint8, classes (B,)), starting with those of update `start`.
     after_update(update, loss): called after each update; training stops there if it returns true.
     """
-    stepper.model.train()
+    stepper.model.train(stepper.train_mode)
     batches = iter(batches)
     for update in range(start, updates):
         group = list(islice(batches, stepper.accum_steps))

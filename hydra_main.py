@@ -1,6 +1,6 @@
 """The run of main.py, composed by Hydra and, with +slurm=PROFILE, submitted to a cluster.
 
-    python hydra_main.py +recipe=debiformer_small data_path=./data/in1k +slurm=example slurm.nodes=2
+    python hydra_main.py +recipe=debiformer_small batch_size=128 data_path=./data/in1k +slurm=example slurm.nodes=2
     python hydra_main.py -m lr=1e-4,5e-4 +slurm=local slurm.ngpus=2     one job per point
 
 The options are those of main.py, spelt with underscores: key=value. wait=true waits for the job and returns its status.

@@ -1,27 +1,30 @@
 """Train and evaluate: python main.py --help."""
 
+import contextlib
 import os
 import sys
 import tempfile
 import time
 import warnings
+from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
+from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.scheduler.scheduler import Scheduler
-from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import models
 import utils
 from checkpoint import BEST, LAST, TrainingState, build_checkpoint, load_latest, save_checkpoint
-from datasets import Data, build_data, pixels_for
+from datasets import Data, build_data, pixels_for, train_transform
 from engine import LossMeter, Precision, Stepper, check_weights, evaluate, train_one_epoch
 from errors import Stopped, UsageError, did_you_mean, exit_on_error
 from eval_sets import TITLES, open_eval_set
@@ -37,8 +40,8 @@ from models.weights import (
     weights_of,
 )
 from models.weights.releases import Places, find_release
-from optim_factory import build_loss, build_optimizer, build_scheduler
-from options import Options, mixing, parse_args, to_plain
+from optim_factory import build_ema, build_loss, build_optimizer, build_scheduler, check_training, training_notes
+from options import Options, inert_notes, mixing, parse_args, to_plain
 from run_log import Progress, RunLog, describe, report, show_notices, summarise, write_options
 from utils import Processes, Request, Requests
 
@@ -46,6 +49,8 @@ if TYPE_CHECKING:
     from visualize.insight import Watcher
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+HUB_TIMEOUT = 5
+"""Seconds within which the Hugging Face Hub has to answer."""
 AMP_DTYPES = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -56,11 +61,12 @@ def run(options: Options) -> dict[str, Any]:
         device = utils.choose_device(options.device, processes)
         utils.seed_everything(options.seed)
         show_notices(processes)
-        with utils.process_group(processes, device, options.dist_url, COLLECTIVE_TIMEOUT):
-            try:
+        try:
+            check_names(options, processes)
+            with utils.process_group(processes, device, options.dist_url, COLLECTIVE_TIMEOUT):
                 return (evaluate_only if options.eval else train)(options, processes, device)
-            except WeightsError as error:
-                raise UsageError(str(error)) from error
+        except WeightsError as error:
+            raise UsageError(str(error)) from error
 
 
 def evaluate_only(options: Options, processes: Processes, device: torch.device) -> dict[str, Any]:
@@ -76,6 +82,7 @@ def evaluate_only(options: Options, processes: Processes, device: torch.device) 
         weights = checkpoint_filter_fn(weights_of(content, options.resume, options.use_ema), model)
         load_weights(model, weights, options.resume)
         if processes.is_main:
+            tell(inert_notes(options))
             tell_other_images(options, options_of(content))
     elif processes.is_main:
         print("Neither --resume nor --load_release given: these are untrained weights")
@@ -96,7 +103,13 @@ def tell_other_images(options: Options, trained: dict[str, Any]) -> None:
     names = [name for name in names if name in trained and trained[name] != getattr(options, name)]
     if names:
         there, here = (" ".join(f"--{n} {of[n]}" for n in names) for of in (trained, vars(options)))
-        print(f"note: trained with {there}, evaluated with {here}", file=sys.stderr, flush=True)
+        tell([f"trained with {there}, evaluated with {here}"])
+
+
+def tell(notes: list[str]) -> None:
+    """Print what may be meant, or forgotten."""
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr, flush=True)
 
 
 def train(options: Options, processes: Processes, device: torch.device) -> dict[str, Any]:
@@ -112,10 +125,7 @@ def train(options: Options, processes: Processes, device: torch.device) -> dict[
         fresh = load_to_finetune(model, read_weights(options, path), path)
         say(f"Fine-tuning from {path}" + (f"; newly initialised: {', '.join(fresh)}" if fresh else ""))
     model.to(device, memory_format=torch.channels_last)
-    ema = None
-    if options.model_ema:
-        ema_device = torch.device("cpu") if options.model_ema_force_cpu else None
-        ema = ModelEmaV3(model, options.model_ema_decay, device=ema_device)
+    ema = build_ema(model, options)
     if options.compile:
         model.compile(dynamic=False)  # training and evaluation have few, fixed shapes
 
@@ -132,9 +142,11 @@ def train(options: Options, processes: Processes, device: torch.device) -> dict[
         ema=ema,
         erase=build_erasing(options, device),
         mixup=build_mixup(options, data.num_classes),
-        clip_grad=options.clip_grad,
+        clip_grad=options.clip_grad or None,
         accum_steps=options.accum_steps,
         seed=options.seed,
+        updates=data.updates,
+        train_mode=not options.finetune_eval_mode,
     )
     state = TrainingState(
         model,
@@ -162,6 +174,7 @@ def train(options: Options, processes: Processes, device: torch.device) -> dict[
     if processes.is_main:
         write_options(options, folder)
         describe(options, data, model, device, processes)
+        tell(inert_notes(options) + training_notes(options, data.total_batch, options.epochs * data.updates))
     watcher = build_watcher(options, data, model, processes)
     state.history.start()
     train_epochs(options, processes, folder, data, stepper, scheduler, state, watcher)
@@ -199,6 +212,8 @@ def train_epochs(
 
         def after_update(update: int, loss: Tensor) -> bool:
             lr = optimizer.param_groups[-1]["lr"]
+            if progress.due(update):
+                loss = utils.all_reduce_sum(loss, processes) / processes.world_size
             progress.advance(update, loss, lr)
             if progress.due(update):
                 meter.check(epoch)
@@ -307,23 +322,49 @@ def check_model_name(name: str, option: str) -> None:
         raise UsageError(f"unknown {option} {name!r}; {remedy}")
 
 
+def check_names(options: Options, processes: Processes) -> None:
+    """UsageError, before any data is read, for names and rates that only libraries or the process count can judge."""
+    check_model_name(options.model, "--model")
+    if options.eval:
+        return
+    if options.distillation_type != "none":
+        check_model_name(options.teacher_model, "--teacher_model")
+    check_training(options, options.batch_size * processes.world_size * options.accum_steps)
+    train_transform(options)
+
+
 def build_model(options: Options, num_classes: int) -> nn.Module:
     """The model of --model with the options' regularisation. UsageError if timm or the model refuses."""
     check_model_name(options.model, "--model")
     cfg = timm.get_pretrained_cfg(options.model, allow_unregistered=True)
     ours = timm.models.is_model_in_modules(options.model, ("debiformer", "biformer", "stl"))
     sized = ours or bool(cfg and cfg.fixed_input_size)
+    arguments = {
+        "num_classes": num_classes,
+        "drop_rate": options.drop,
+        "drop_path_rate": options.drop_path,
+        **({"img_size": options.input_size} if sized else {}),
+        **options.model_kwargs,
+    }
+    return _create_model(options, arguments)
+
+
+def _create_model(options: Options, arguments: dict[str, Any]) -> nn.Module:
     try:
         check_arguments(options.model, options.model_kwargs)
-        return timm.create_model(
-            options.model,
-            num_classes=num_classes,
-            drop_rate=options.drop,
-            drop_path_rate=options.drop_path or None,
-            **({"img_size": options.input_size} if sized else {}),
-            **options.model_kwargs,
-        )
-    except (TypeError, ValueError, RuntimeError) as error:
+        return timm.create_model(options.model, **arguments)
+    except TypeError as error:
+        # A rate that nobody has to have asked for is no reason to refuse a model.
+        if "'drop_path_rate'" not in str(error):
+            raise UsageError(f"--model {options.model}: {error}") from error
+        if options.drop_path not in (0, Options.drop_path):
+            raise UsageError(
+                f"--drop_path {options.drop_path}: {options.model} has no stochastic depth; leave the option out"
+            ) from error
+        if options.drop_path and utils.find_processes().is_main:
+            tell([f"{options.model} has no stochastic depth: --drop_path {options.drop_path} has no effect"])
+        return _create_model(options, {name: arguments[name] for name in arguments if name != "drop_path_rate"})
+    except (ValueError, RuntimeError) as error:
         raise UsageError(f"--model {options.model}: {error}") from error
 
 
@@ -362,6 +403,20 @@ def distribute(model: nn.Module, processes: Processes, options: Options, precisi
     return wrapped
 
 
+@contextlib.contextmanager
+def offline_if_unreachable() -> Iterator[None]:
+    """Within the block, do not wait a minute for a Hugging Face Hub that does not answer: only its cache is used."""
+    before = constants.HF_HUB_OFFLINE
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_TIMEOUT)
+    except Exception:  # its HTTP library differs from version to version
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
+
+
 def build_teacher(options: Options, num_classes: int, device: torch.device) -> nn.Module | None:
     """The frozen teacher of --distillation_type; None without distillation."""
     if options.distillation_type == "none":
@@ -373,7 +428,8 @@ def build_teacher(options: Options, num_classes: int, device: torch.device) -> n
         load_weights(teacher, weights_of(load_checkpoint(path), path), path)
     else:
         try:
-            teacher = timm.create_model(name, pretrained=True)
+            with offline_if_unreachable():
+                teacher = timm.create_model(name, pretrained=True)
         except WeightsError:
             raise
         except Exception as error:  # whatever the library that downloads makes of a lost connection

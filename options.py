@@ -6,6 +6,8 @@ The command line of main.py, its --help, the Hydra schema and docs/OPTIONS.md al
 
 import argparse
 import json
+import math
+import operator
 import os
 import sys
 import types
@@ -24,9 +26,32 @@ RECIPES = Path(__file__).parent / "configs" / "recipe"
 DEFAULT_RECIPE = "debiformer_nano_digits"
 
 
-def option(default: Any, help: str, choices: Sequence[str] = (), at_least: float | None = None) -> Any:
-    """A dataclass field with its help text; `choices` and `at_least` (inclusive) bound its values."""
-    metadata = {"help": help, "choices": tuple(choices), "at_least": at_least}
+BOUNDS = {
+    "at_least": ("at least", operator.ge),
+    "above": ("above", operator.gt),
+    "at_most": ("at most", operator.le),
+    "below": ("below", operator.lt),
+}
+"""How the bounds of an option read, and what holds within them."""
+
+
+def option(
+    default: Any,
+    help: str,
+    choices: Sequence[str] = (),
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    counts: Sequence[int] = (),
+    ascending: bool = False,
+) -> Any:
+    """A dataclass field with its help text and its bounds, which hold for each number of a list.
+
+    counts: how many numbers a list may have; empty: any but none. ascending: they must grow.
+    """
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
+    metadata = {"help": help, "choices": tuple(choices), "counts": tuple(counts), "ascending": ascending, **bounds}
     if isinstance(default, list | dict):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -39,7 +64,7 @@ class RunOptions:
     recipe: str = option("", "name of a YAML file under configs/recipe/ (or a path) whose values become the defaults")
     batch_size: int = option(64, "images per process and step; evaluation uses 1.5 times as many", at_least=1)
     epochs: int = option(300, "epochs to train", at_least=1)
-    seed: int = option(0, "fixes weights, data order and augmentation", at_least=0)
+    seed: int = option(0, "fixes weights, data order and augmentation", at_least=0, at_most=2**32 - 1)
     deterministic: bool = option(
         False, "use only algorithms that give the same bits in every run, slower; an operation without one is an error"
     )
@@ -75,7 +100,6 @@ class RunOptions:
         0, "show the attention in TensorBoard every so many epochs, on four validation images; 0: never", at_least=0
     )
     print_freq: int = option(50, "updates between two log lines", at_least=1)
-    world_size: int = option(1, "accepted because published commands have it; the launcher's environment decides")
     dist_url: str = option("env://", "where processes meet; env:// reads MASTER_ADDR and MASTER_PORT")
 
 
@@ -85,17 +109,51 @@ class ModelOptions:
 
     model: str = option("debiformer_nano", "a model of this project or any of timm's")
     input_size: int = option(224, "side of the square training and evaluation images in pixels", at_least=1)
-    drop: float = option(0.0, "dropout before the classifier", at_least=0)
-    drop_path: float = option(0.1, "stochastic depth rate of the last block", at_least=0)
+    drop: float = option(0.0, "dropout before the classifier", at_least=0, below=1)
+    drop_path: float = option(0.1, "stochastic depth rate of the last block; 0: none", at_least=0, below=1)
     model_kwargs: dict[str, Any] = option({}, "further arguments of the model, e.g. n_win=8 depths=2,2,9,3")
     model_ema: bool = option(
         True, "keep an exponential moving average of the weights, evaluate it, save the better of both"
     )
-    model_ema_decay: float = option(0.99996, "decay of the average per update", at_least=0)
+    model_ema_decay: float = option(0.99996, "decay of the average per update", at_least=0, below=1)
+    model_ema_warmup: bool = option(
+        True,
+        "let the average begin short: it covers the last sixth of the updates so far until the decay is reached; "
+        "false: as published, the decay from the first update on",
+    )
     model_ema_force_cpu: bool = option(False, "keep the average in host memory")
     finetune: str = option(
         "", "checkpoint, a file or an http(s) address, to start from; another class count or input size is adapted"
     )
+    finetune_eval_mode: bool = option(
+        False,
+        "with --finetune: train without dropout and drop path and with BatchNorm's statistics as they are, "
+        "as the published BiFormer code does",
+    )
+
+
+OWN_OPTIONS = {
+    "img_size": "input_size",
+    "num_classes": "num_classes",
+    "drop_rate": "drop",
+    "drop_path_rate": "drop_path",
+    "pretrained": "load_release",
+}
+"""Arguments of models that are no --model_kwargs, and the options for them."""
+
+
+def check_model(options: "Options") -> None:
+    """UsageError if arguments of the model, or what is done with its weights, contradict other options."""
+    for name, option in OWN_OPTIONS.items():
+        if name in options.model_kwargs:
+            raise UsageError(f"--model_kwargs {name}: that has an option of its own, use --{option}")
+    if options.fuse and not options.eval:
+        raise UsageError("--fuse is for inference, merged weights are not trained: add --eval or leave it out")
+    sources = [f"--{name}" for name in ("resume", "finetune", "load_release") if getattr(options, name)]
+    if "--load_release" in sources and len(sources) > 1:
+        raise UsageError(f"{' and '.join(sources)} both name weights to start from; leave one out")
+    if options.finetune_eval_mode and not (options.finetune or options.load_release):
+        raise UsageError("--finetune_eval_mode is for --finetune or --load_release: add one or leave it out")
 
 
 @dataclass
@@ -103,55 +161,104 @@ class OptimizerOptions:
     """Optimizer"""
 
     opt: str = option("adamw", "any optimizer of timm")
-    opt_eps: float | None = option(1e-8, "epsilon")
-    opt_betas: list[float] | None = option(None, "betas; null: the optimizer's own")
-    clip_grad: float | None = option(None, "clip the gradient's norm; null: off", at_least=0)
-    momentum: float = option(0.9, "momentum of SGD")
+    opt_eps: float | None = option(1e-8, "epsilon; null: the optimizer's own", at_least=0)
+    opt_betas: list[float] | None = option(None, "betas; null: the optimizer's own", at_least=0, below=1)
+    clip_grad: float | None = option(None, "clip the gradient's norm; null or 0: off", at_least=0)
+    momentum: float = option(0.9, "momentum of SGD", at_least=0, below=1)
     weight_decay: float = option(0.05, "weight decay; not applied to 1-D tensors and position tables", at_least=0)
-    layer_decay: float | None = option(None, "multiply the rate by this per layer from the head down; null: off")
+    decay_position_tables: bool = option(
+        False, "apply the weight decay to the position tables of DeBiFormer, too, as its published code does"
+    )
+    layer_decay: float | None = option(
+        None, "multiply the rate by this per layer from the head down; null: off", above=0, at_most=1
+    )
 
 
 @dataclass
 class ScheduleOptions:
     """Schedule"""
 
-    sched: str = option("cosine", "any schedule of timm")
+    sched: str = option(
+        "cosine",
+        "the schedules of timm that do not depend on the run's past",
+        choices=("cosine", "tanh", "poly", "step", "multistep", "wsd", "rsqrt", "constant"),
+    )
     lr: float = option(
         5e-4, "learning rate for 512 images in total; scaled linearly to the actual total batch size", at_least=0
     )
-    lr_noise: list[float] | None = option(None, "noise on the rate: from, to (fractions of the epochs)")
-    lr_noise_pct: float = option(0.67, "bound of the noise as a fraction of the rate")
-    lr_noise_std: float = option(1.0, "standard deviation of the noise")
-    warmup_lr: float = option(1e-6, "rate at the start of the warm-up (not scaled)", at_least=0)
-    min_lr: float = option(1e-5, "lowest rate of cyclic schedules (not scaled)", at_least=0)
-    decay_epochs: float = option(30.0, "epochs between decays of the step schedule", at_least=1)
-    warmup_epochs: int = option(5, "epochs of linear warm-up", at_least=0)
-    cooldown_epochs: int = option(10, "part of the schedule's definition; training ends after `epochs` all the same")
-    patience_epochs: int = option(
-        10, "accepted because published commands have it; for the plateau schedule, which is not offered"
+    recipe_batch: int | None = option(
+        None, "images per update, over all processes, that a recipe is meant for; another number is told", at_least=1
     )
-    decay_rate: float = option(0.1, "factor of the step schedule")
+    lr_noise: list[float] | None = option(
+        None,
+        "noise on the rate: from, to (fractions of the epochs)",
+        at_least=0,
+        at_most=1,
+        counts=(1, 2),
+        ascending=True,
+    )
+    lr_noise_pct: float = option(0.67, "bound of the noise as a fraction of the rate", at_least=0.01, at_most=1)
+    lr_noise_std: float = option(1.0, "standard deviation of the noise", at_least=0, at_most=100)
+    warmup_lr: float = option(1e-6, "rate at the start of the warm-up (not scaled); at most the scaled lr", at_least=0)
+    min_lr: float = option(1e-5, "lowest rate of cosine, tanh, poly, wsd and rsqrt (not scaled)", at_least=0)
+    decay_epochs: float = option(
+        30.0, "epochs between decays of the step schedule; length of the final decay of wsd and rsqrt", at_least=1
+    )
+    decay_milestones: list[float] = option(
+        [30, 60], "epochs, counted from 1, at whose start the multistep schedule decays", above=0, ascending=True
+    )
+    warmup_epochs: int = option(5, "epochs of linear warm-up; fewer than `epochs`", at_least=0)
+    decay_rate: float = option(
+        0.1, "factor of the step and multistep schedules, at most 1; power of the poly schedule", above=0, at_most=10
+    )
+
+
+LOWEST_RATE = ("cosine", "tanh", "poly", "wsd", "rsqrt")
+"""The schedules that end at `min_lr`."""
+
+
+def check_schedule(options: "Options") -> None:
+    """UsageError if the epochs of a training run contradict each other."""
+    epochs = options.epochs
+    if options.eval:
+        return
+    if 0 < options.warmup_epochs >= epochs:
+        raise UsageError(
+            f"--warmup_epochs {options.warmup_epochs} leaves nothing of --epochs {epochs} to train at the full rate; "
+            f"lower it to at most {epochs - 1}"
+        )
+    if options.start_epoch >= epochs:
+        raise UsageError(f"--start_epoch {options.start_epoch} leaves nothing of --epochs {epochs} to train")
+    if options.sched in ("step", "multistep") and options.decay_rate > 1:
+        raise UsageError(f"--decay_rate must be at most 1 with --sched {options.sched}, not {options.decay_rate}")
 
 
 @dataclass
 class AugmentationOptions:
     """Augmentation"""
 
-    color_jitter: float | None = option(0.4, "colour jitter, used where --aa is off")
+    color_jitter: float | None = option(0.4, "colour jitter, used where --aa is off", at_least=0)
     aa: str | None = option("rand-m9-mstd0.5-inc1", "AutoAugment or RandAugment policy; null or none: off")
-    smoothing: float = option(0.1, "label smoothing", at_least=0)
+    smoothing: float = option(0.1, "label smoothing", at_least=0, below=1)
     train_interpolation: str = option("bicubic", "resizing in training", choices=("random", "bilinear", "bicubic"))
-    scale: list[float] = option([0.08, 1.0], "area of a random crop as fractions of the image: smallest, largest")
-    hflip: float = option(0.5, "probability of a horizontal flip", at_least=0)
+    scale: list[float] = option(
+        [0.08, 1.0],
+        "area of a random crop as fractions of the image: smallest, largest",
+        above=0,
+        at_most=1,
+        counts=(2,),
+        ascending=True,
+    )
+    hflip: float = option(0.5, "probability of a horizontal flip", at_least=0, at_most=1)
     repeated_aug: bool = option(True, "repeated augmentation: three views of an image per epoch, a third of the images")
-    reprob: float = option(0.25, "probability of random erasing", at_least=0)
+    reprob: float = option(0.25, "probability of random erasing", at_least=0, at_most=1)
     remode: str = option("pixel", "what erased areas are filled with", choices=("const", "rand", "pixel"))
     recount: int = option(1, "erased areas per image", at_least=1)
-    resplit: bool = option(
-        False, "accepted because published commands have it; acts on augmentation splits, not made here"
-    )
     crop_pct: float | None = option(
-        None, "evaluation: centre crop as a fraction of the resized side; null: as the model wants, ours 224/256"
+        None,
+        "evaluation: centre crop as a fraction of the resized side; null: as the model wants, ours 224/256",
+        above=0,
+        at_most=1,
     )
     interpolation: str | None = option(
         None,
@@ -159,9 +266,15 @@ class AugmentationOptions:
         choices=("bilinear", "bicubic", "nearest", "lanczos"),
     )
     mean: list[float] | None = option(
-        None, "mean of the pixels in 0..1: red, green, blue; null: as the model wants, ours ImageNet's"
+        None,
+        "mean of the pixels: red, green, blue; null: as the model wants, ours ImageNet's",
+        at_least=0,
+        at_most=1,
+        counts=(3,),
     )
-    std: list[float] | None = option(None, "deviation of the pixels; null: as the model wants, ours ImageNet's")
+    std: list[float] | None = option(
+        None, "deviation of the pixels; null: as the model wants, ours ImageNet's", above=0, at_most=10, counts=(3,)
+    )
 
 
 @dataclass
@@ -170,10 +283,23 @@ class MixingOptions:
 
     mixup: float = option(0.8, "mixup alpha; 0: off", at_least=0)
     cutmix: float = option(1.0, "CutMix alpha; 0: off", at_least=0)
-    cutmix_minmax: list[float] | None = option(None, "smallest and largest side of the CutMix box; overrides alpha")
-    mixup_prob: float = option(1.0, "probability of mixing a batch", at_least=0)
-    mixup_switch_prob: float = option(0.5, "probability of CutMix where both are on", at_least=0)
+    cutmix_minmax: list[float] | None = option(
+        None,
+        "smallest and largest side of the CutMix box as fractions of the image; overrides alpha",
+        at_least=0,
+        at_most=1,
+        counts=(2,),
+        ascending=True,
+    )
+    mixup_prob: float = option(1.0, "probability of mixing a batch", at_least=0, at_most=1)
+    mixup_switch_prob: float = option(0.5, "probability of CutMix where both are on", at_least=0, at_most=1)
     mixup_mode: str = option("batch", "mix per batch, pair or element", choices=("batch", "pair", "elem"))
+
+
+def check_mixing(options: "Options") -> None:
+    """UsageError if a batch cannot be mixed."""
+    if mixing(options) and options.batch_size % 2 and not options.eval:
+        raise UsageError(f"mixup and CutMix pair images: --batch_size must be even, not {options.batch_size}")
 
 
 @dataclass
@@ -183,8 +309,8 @@ class DistillationOptions:
     teacher_model: str = option("regnety_160", "any model of timm")
     teacher_path: str = option("", "checkpoint of the teacher; empty: timm's pretrained weights")
     distillation_type: str = option("none", "what the teacher teaches", choices=("none", "soft", "hard"))
-    distillation_alpha: float = option(0.5, "weight of the teacher, 0..1", at_least=0)
-    distillation_tau: float = option(1.0, "temperature of soft distillation", at_least=0)
+    distillation_alpha: float = option(0.5, "weight of the teacher", at_least=0, at_most=1)
+    distillation_tau: float = option(1.0, "temperature of soft distillation", above=0)
 
 
 @dataclass
@@ -213,8 +339,31 @@ class DataOptions:
     )
 
 
+def check_data(options: "Options") -> None:
+    """UsageError if there is no such test set of what is evaluated."""
+    if options.eval_set != "val" and not (options.eval and options.data_set == "IMNET"):
+        raise UsageError(f"--eval_set {options.eval_set} is for evaluating on ImageNet: --eval, and no --data_set")
+
+
+@dataclass
+class InertOptions:
+    """Without effect, accepted because published commands have them"""
+
+    world_size: int = option(1, "the launcher's environment decides")
+    cooldown_epochs: int = option(10, "training ends after `epochs`; the schedules are defined up to there")
+    patience_epochs: int = option(10, "for the plateau schedule, which is not offered")
+    resplit: bool = option(False, "for augmentation splits, which are not made here")
+
+
+def inert_notes(options: "Options") -> list[str]:
+    """One line for each option without effect that has another value than its default."""
+    given = [spec for spec in fields(InertOptions) if getattr(options, spec.name) != _default(spec)]
+    return [f"--{spec.name} has no effect: {spec.metadata['help']}" for spec in given]
+
+
 @dataclass
 class Options(
+    InertOptions,
     DataOptions,
     DistillationOptions,
     MixingOptions,
@@ -237,7 +386,7 @@ class SlurmOptions:
     ngpus: int = option(8, "processes per machine, one per GPU", at_least=1)
     cpus_per_task: int = option(5, "CPUs per process", at_least=1)
     mem: str | None = option(None, "memory per machine, e.g. 400GB; null: the cluster's default")
-    timeout: float = option(240.0, "hours until the job is out of time and goes back to the queue", at_least=0)
+    timeout: float = option(240.0, "hours until the job is out of time and goes back to the queue", above=0)
     requeues: int = option(100, "how often a job that ran out of time goes back to the queue", at_least=0)
     signal_delay: int = option(120, "seconds between the warning signal and the time limit", at_least=0)
     account: str | None = option(None, "sbatch --account")
@@ -252,7 +401,9 @@ class SlurmOptions:
         "tcp", "how processes meet: over tcp, or by a file in share_root", choices=("tcp", "file")
     )
     share_root: str | None = option(None, "folder that all machines see, for ddp_comm_mode=file")
-    master_port: int | None = option(None, "port of the first process; null: derived from the job's number", at_least=1)
+    master_port: int | None = option(
+        None, "port of the first process; null: derived from the job's number", at_least=1, at_most=65535
+    )
     extra: dict[str, Any] = option({}, "any further sbatch options")
 
 
@@ -265,16 +416,12 @@ GROUPS = (
     MixingOptions,
     DistillationOptions,
     DataOptions,
+    InertOptions,
 )
+CHECKS = (check_model, check_schedule, check_mixing, check_data)
+"""What options must not contradict, group by group."""
+
 NULLS = ("none", "null")
-OWN_OPTIONS = {
-    "img_size": "input_size",
-    "num_classes": "num_classes",
-    "drop_rate": "drop",
-    "drop_path_rate": "drop_path",
-    "pretrained": "load_release",
-}
-"""Arguments of models that are no --model_kwargs, and the options for them."""
 
 
 def parse_args(argv: Sequence[str] | None = None, program: str = "main.py") -> Options:
@@ -326,35 +473,45 @@ def load_recipe(name: str) -> Options:
 def validate(options: Options) -> None:
     """UsageError if a value is out of its range or contradicts another."""
     check_ranges(options, prefix="--")
-    for name in ("lr_noise", "cutmix_minmax", "scale", "opt_betas"):
-        value = getattr(options, name)
-        if value is not None and len(value) != 2 and not (name == "lr_noise" and len(value) == 1):
-            raise UsageError(f"--{name} takes two numbers, not {value}")
-    for name, option in OWN_OPTIONS.items():
-        if name in options.model_kwargs:
-            raise UsageError(f"--model_kwargs {name}: that has an option of its own, use --{option}")
-    if options.fuse and not options.eval:
-        raise UsageError("--fuse is for inference, merged weights are not trained: add --eval or leave it out")
-    if options.eval_set != "val" and not (options.eval and options.data_set == "IMNET"):
-        raise UsageError(f"--eval_set {options.eval_set} is for evaluating on ImageNet: --eval, and no --data_set")
-    if options.crop_pct is not None and not 0 < options.crop_pct <= 1:
-        raise UsageError(f"--crop_pct is a fraction above 0 and at most 1, not {options.crop_pct}")
-    sources = [f"--{name}" for name in ("resume", "finetune", "load_release") if getattr(options, name)]
-    if "--load_release" in sources and len(sources) > 1:
-        raise UsageError(f"{' and '.join(sources)} both name weights to start from; leave one out")
-    if mixing(options) and options.batch_size % 2 and not options.eval:
-        raise UsageError(f"mixup and CutMix pair images: --batch_size must be even, not {options.batch_size}")
+    for check in CHECKS:
+        check(options)
 
 
 def check_ranges(options: Any, prefix: str) -> None:
-    """UsageError if a field of a dataclass of options is not among its choices or below its bound."""
+    """UsageError if a field of a dataclass of options is not what its declaration allows."""
     for spec in fields(options):
-        value = getattr(options, spec.name)
-        choices, at_least = spec.metadata["choices"], spec.metadata["at_least"]
+        value, name = getattr(options, spec.name), f"{prefix}{spec.name}"
+        choices = spec.metadata["choices"]
         if choices and value is not None and value not in choices:
-            raise UsageError(f"{prefix}{spec.name} must be one of {', '.join(choices)}, not {value!r}")
-        if at_least is not None and value is not None and not value >= at_least:  # not a number, either
-            raise UsageError(f"{prefix}{spec.name} must be at least {at_least}, not {value}")
+            raise UsageError(f"{name} must be one of {', '.join(choices)}, not {value!r}")
+        if isinstance(value, list):
+            _check_list(name, value, spec)
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise UsageError(f"{name} must be a finite number, not {number}")
+            if isinstance(number, int | float) and not _within(number, spec):
+                raise UsageError(f"{name} must be {range_of(spec)}, not {number}")
+
+
+def _within(number: float, spec: Field) -> bool:
+    bounds = ((holds, spec.metadata[name]) for name, (_, holds) in BOUNDS.items())
+    return all(holds(number, bound) for holds, bound in bounds if bound is not None)
+
+
+def range_of(spec: Field) -> str:
+    """An option's bounds in words, such as 'at least 0 and below 1'; nothing if it has none."""
+    bounds = ((words, spec.metadata[name]) for name, (words, _) in BOUNDS.items())
+    return " and ".join(f"{words} {bound}" for words, bound in bounds if bound is not None)
+
+
+def _check_list(name: str, numbers: list[float], spec: Field) -> None:
+    counts, words = spec.metadata["counts"], {1: "one", 2: "two", 3: "three"}
+    if counts and len(numbers) not in counts:
+        raise UsageError(f"{name} takes {' or '.join(words[count] for count in counts)} numbers, not {numbers}")
+    if not numbers:
+        raise UsageError(f"{name} takes numbers, not an empty list")
+    if spec.metadata["ascending"] and numbers != sorted(numbers):
+        raise UsageError(f"{name} takes numbers in ascending order, not {numbers}")
 
 
 def names_of(*kinds: type) -> list[str]:
@@ -378,8 +535,7 @@ def markdown_table() -> str:
     for group in (*GROUPS, SlurmOptions):
         lines += [f"## {group.__doc__}", "", "| option | default | meaning |", "|---|---|---|"]
         for spec in fields(group):
-            choices = f" ({', '.join(spec.metadata['choices'])})" if spec.metadata["choices"] else ""
-            lines.append(f"| `{spec.name}` | {_shown(spec)} | {spec.metadata['help']}{choices} |")
+            lines.append(f"| `{spec.name}` | {_shown(spec)} | {spec.metadata['help']}{_allowed(spec)} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -407,7 +563,8 @@ def _parser(program: str) -> argparse.ArgumentParser:
 
 def _add_argument(section: Any, spec: Field, hint: Any) -> None:
     shown = _shown(spec)
-    help = spec.metadata["help"].replace("%", "%%") + (f" (default: {shown})" if shown else "")
+    allowed = "" if spec.metadata["choices"] else _allowed(spec)  # choices are shown as the option's value
+    help = f"{spec.metadata['help']}{allowed}".replace("%", "%%") + (f" (default: {shown})" if shown else "")
     flag, choices = f"--{spec.name}", spec.metadata["choices"] or None
     hint, optional = _without_none(hint)
     if hint is bool:
@@ -430,6 +587,11 @@ def _shown(spec: Field) -> str:
     """The default as YAML would have it; nothing for what is empty."""
     default = _default(spec)
     return "" if default in ("", {}) else default if isinstance(default, str) else json.dumps(default)
+
+
+def _allowed(spec: Field) -> str:
+    words = ", ".join(spec.metadata["choices"]) or range_of(spec)
+    return f" ({words})" if words else ""
 
 
 def _without_none(hint: Any) -> tuple[Any, bool]:

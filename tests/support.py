@@ -23,7 +23,7 @@ CLASSES = ("cat", "dog", "owl", "pig")
 SMALL_RUN = [
     *("--model", "debiformer_nano", "--input_size", "32", "--batch_size", "8", "--epochs", "2"),
     *("--model_kwargs", "embed_dims=16,32,48,64", "depths=1,1,1,1"),
-    *("--num_workers", "0", "--device", "cpu", "--warmup_epochs", "1", "--lr", "1e-2", "--model_ema_decay", "0.9"),
+    *("--num_workers", "0", "--device", "cpu", "--warmup_epochs", "0", "--lr", "1e-2", "--model_ema_decay", "0.9"),
     *("--print_freq", "2", "--no_repeated_aug"),
 ]
 """A run of 6 updates an epoch on `image_folder`."""

@@ -2,11 +2,24 @@
 
 import dataclasses
 import shlex
+from typing import get_type_hints
 
 import pytest
-from support import ROOT, command
+from support import ROOT, command, complaint
 
-from options import GROUPS, RECIPES, Options, load_recipe, markdown_table, parse_args, validate
+from options import (
+    GROUPS,
+    RECIPES,
+    InertOptions,
+    Options,
+    SlurmOptions,
+    check_ranges,
+    inert_notes,
+    load_recipe,
+    markdown_table,
+    parse_args,
+    validate,
+)
 
 PUBLISHED = [
     "--data_path ./data/in1k --input_size 224 --batch_size 128 --dist_eval --model biformer_small " + end
@@ -103,12 +116,69 @@ def test_every_recipe_loads_and_says_what_it_is(path):
         (["--model", "x", "--crop_pct", "0"], ["--crop_pct", "above 0"]),
         (["--model", "x", "--crop_pct", "1.5"], ["--crop_pct", "at most 1"]),
         (["--local_rank", "first"], ["--local_rank"]),
+        (["--model", "x", "--epochs", "5"], ["--warmup_epochs 5", "--epochs 5", "at most 4"]),
+        (["--model", "x", "--epochs", "9", "--start_epoch", "9"], ["--start_epoch 9", "--epochs 9"]),
+        (["--model", "x", "--sched", "step", "--decay_rate", "2"], ["--decay_rate", "at most 1"]),
+        (["--model", "x", "--sched", "plateau"], ["--sched", "cosine", "multistep"]),
+        (["--model", "x", "--decay_milestones", "9", "4"], ["--decay_milestones", "ascending"]),
+        (["--model", "x", "--scale", "0.9", "0.1"], ["--scale", "ascending"]),
+        (["--model", "x", "--lr_noise", "0.1", "0.2", "0.3"], ["--lr_noise", "one or two numbers"]),
+        (["--model", "x", "--finetune_eval_mode"], ["--finetune_eval_mode", "--finetune"]),
     ],
 )
 def test_bad_command_lines_get_one_clear_line(capsys, argv, words):
     message = error_of(capsys, *argv)
     for word in words:
         assert word in message
+
+
+def out_of_range():
+    """(option, value) just outside each bound that an option declares; floats also where they are no number."""
+    for group in (*GROUPS, SlurmOptions):
+        hints = get_type_hints(group)
+        for spec in dataclasses.fields(group):
+            step = 1 if "int" in str(hints[spec.name]) else 1e-6
+            bounds = {name: spec.metadata[name] for name in ("at_least", "above", "at_most", "below")}
+            beyond = {"at_least": -step, "above": 0, "at_most": step, "below": 0}
+            values = [bound + beyond[name] for name, bound in bounds.items() if bound is not None]
+            if "float" in str(hints[spec.name]):
+                values += [float("nan"), float("inf")]
+            for value in values:
+                yield pytest.param(group, spec.name, value, id=f"{spec.name}={value}")
+
+
+@pytest.mark.parametrize(("group", "name", "value"), list(out_of_range()))
+def test_values_out_of_range_get_one_clear_line(capsys, group, name, value):
+    if group is SlurmOptions:
+        assert f"slurm.{name} must be " in complaint(check_ranges, SlurmOptions(**{name: value}), "slurm.")
+        return
+    numbers = max(next(s for s in dataclasses.fields(group) if s.name == name).metadata["counts"], default=1)
+    message = error_of(capsys, "--model", "x", f"--{name}={','.join([str(value)] * numbers)}")
+    assert f"--{name} must be " in message
+
+
+def test_numbers_have_bounds_where_any_value_would_be_taken():
+    """Also guards the test above, which has nothing to try where nothing is declared."""
+    for group in set(GROUPS) - {InertOptions}:
+        for spec, hint in zip(dataclasses.fields(group), get_type_hints(group).values(), strict=True):
+            if "int" in str(hint) or "float" in str(hint):
+                assert spec.metadata["at_least"] is not None or spec.metadata["above"] is not None, spec.name
+
+
+def test_bounds_themselves_are_allowed():
+    for spec in dataclasses.fields(Options):
+        for bound in (spec.metadata["at_least"], spec.metadata["at_most"]):
+            if bound is not None:
+                count = max(spec.metadata["counts"], default=1)
+                is_list = spec.default_factory is not dataclasses.MISSING or spec.metadata["counts"]
+                check_ranges(Options(**{spec.name: [bound] * count if is_list else bound}), "--")
+
+
+def test_options_without_effect_are_told_when_given():
+    assert inert_notes(parse_args(["--model", "x", "--world_size", "1"])) == []
+    notes = inert_notes(parse_args(["--model", "x", "--world_size", "8", "--resplit"]))
+    assert notes[0].startswith("--world_size has no effect: the launcher")
+    assert notes[1].startswith("--resplit has no effect")
 
 
 @pytest.mark.parametrize(
