@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import io
 import signal
 import sys
 from collections.abc import Callable, Collection, Iterable
@@ -37,7 +38,13 @@ EXIT_CODES = {UsageError: 2, NonFiniteLoss: 1, Stopped: 75}
 
 
 def exit_on_error(program: str, main: Callable[[], object]) -> None:
-    """Run `main`; the errors of this module end the process with one line on stderr instead of a traceback."""
+    """Run `main`; the errors of this module end the process with one line on stderr instead of a traceback.
+
+    What cannot be written in the terminal's encoding, such as a file's name that is not UTF-8, is printed escaped.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except KeyboardInterrupt:
