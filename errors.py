@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import io
+import re
 import signal
 import sys
 from collections.abc import Callable, Collection, Iterable
@@ -36,6 +37,9 @@ class Stopped(RuntimeError):
 EXIT_CODES = {UsageError: 2, NonFiniteLoss: 1, Stopped: 75}
 """75 is EX_TEMPFAIL: try again."""
 
+NOT_UTF8 = re.compile("[\udc80-\udcff]")
+"""Bytes of a file's name that Python could not decode."""
+
 
 def exit_on_error(program: str, main: Callable[[], object]) -> None:
     """Run `main`; the errors of this module end the process with one line on stderr instead of a traceback.
@@ -50,6 +54,12 @@ def exit_on_error(program: str, main: Callable[[], object]) -> None:
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGINT)
+    except UnicodeEncodeError as error:
+        if not NOT_UTF8.search(error.object):
+            raise
+        remedy = "libraries that the program writes with need names in UTF-8; choose another"
+        print(f"{program}: error: {error.object[:200]!r} is not UTF-8; {remedy}", file=sys.stderr, flush=True)
+        sys.exit(2)
     except tuple(EXIT_CODES) as error:
         print(f"{program}: {'' if isinstance(error, Stopped) else 'error: '}{error}", file=sys.stderr, flush=True)
         sys.exit(EXIT_CODES[type(error)])
