@@ -2,6 +2,8 @@
 
 import argparse
 import difflib
+import io
+import re
 import signal
 import sys
 from collections.abc import Callable, Collection, Iterable
@@ -35,14 +37,29 @@ class Stopped(RuntimeError):
 EXIT_CODES = {UsageError: 2, NonFiniteLoss: 1, Stopped: 75}
 """75 is EX_TEMPFAIL: try again. Exceptions of other modules may bring their own as `exit_code`."""
 
+NOT_UTF8 = re.compile("[\udc80-\udcff]")
+"""Bytes of a file's name that Python could not decode."""
+
 
 def exit_on_error(program: str, main: Callable[[], object]) -> None:
-    """Run `main`; errors with an exit code end the process with one line on stderr instead of a traceback."""
+    """Run `main`; errors with an exit code end the process with one line on stderr instead of a traceback.
+
+    What cannot be written in the terminal's encoding, such as a file's name that is not UTF-8, is printed escaped.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except KeyboardInterrupt:
         print(f"{program}: interrupted", file=sys.stderr, flush=True)
         sys.exit(128 + signal.SIGINT)
+    except UnicodeEncodeError as error:
+        if not NOT_UTF8.search(error.object):
+            raise
+        remedy = "libraries that the program writes with need names in UTF-8; choose another"
+        print(f"{program}: error: {error.object[:200]!r} is not UTF-8; {remedy}", file=sys.stderr, flush=True)
+        sys.exit(2)
     except Exception as error:
         code = EXIT_CODES.get(type(error), getattr(error, "exit_code", None))
         if code is None:

@@ -14,7 +14,7 @@ import signal
 import sys
 import time
 from contextlib import redirect_stderr
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from hashlib import sha1
 from pathlib import Path
 
@@ -37,6 +37,8 @@ NOT_IN_NAME = (
     *("release_dir", "release_mirror", "release_hub"),
 )
 LONGEST_NAME = 255
+SBATCH_OPTION = re.compile(r"[A-Za-z][A-Za-z0-9_-]*", re.ASCII)
+ACCURACY = re.compile(r"^(?:Best accuracy|Accuracy of the network).*", re.M)
 
 
 @dataclass
@@ -131,9 +133,24 @@ def run_name(overrides: list[str]) -> str:
     return name
 
 
+def check_text(slurm: SlurmOptions) -> None:
+    """UsageError for what would be more than one line of the job's script, or no option of sbatch."""
+    values = {spec.name: getattr(slurm, spec.name) for spec in fields(slurm) if spec.name != "extra"}
+    for name, value in slurm.extra.items():
+        if not SBATCH_OPTION.fullmatch(str(name)):
+            raise UsageError(f"slurm.extra: {str(name)!r} is no option of sbatch; write it like reservation: week30")
+        if not isinstance(value, str | int | float):
+            raise UsageError(f"slurm.extra.{name} must be a text, a number or true, not {value}")
+        values[f"extra.{name}"] = value
+    for name, value in values.items():
+        if isinstance(value, str) and not value.isprintable():
+            raise UsageError(f"slurm.{name}={value!r} holds a line break or control character; write one plain line")
+
+
 def check_launch(slurm: SlurmOptions) -> None:
     """UsageError if the job cannot be submitted as asked."""
     check_ranges(slurm, prefix="slurm.")
+    check_text(slurm)
     if slurm.ddp_comm_mode == "file" and not slurm.share_root:
         raise UsageError("slurm.ddp_comm_mode=file needs slurm.share_root, a folder that all machines see")
     if slurm.share_root and not Path(slurm.share_root).is_dir():
@@ -149,6 +166,8 @@ def submit(options: Options, slurm: SlurmOptions) -> submitit.Job:
     # The job starts in the folder it was submitted from, which need not be the project's.
     os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CONFIGS.parent), os.environ.get("PYTHONPATH")]))
     folder = slurm.job_dir or options.output_dir
+    if not folder.isprintable():
+        raise UsageError(f"the job's script cannot hold the folder {folder!r}; choose another slurm.job_dir")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -183,12 +202,19 @@ def submit(options: Options, slurm: SlurmOptions) -> submitit.Job:
         with redirect_stderr(io.StringIO()):  # submitit prints what it raises
             return executor.submit(Job(options, slurm))
     except (FailedSubmissionError, FailedJobError, OSError) as error:
-        words = "; ".join(line.removeprefix("sbatch: ").strip() for line in str(error).splitlines())
-        raise UsageError(f"Slurm refused the job: {words}") from error
+        raise UsageError(refusal(str(error))) from error
+
+
+def refusal(words: str) -> str:
+    """sbatch's complaint as one sentence."""
+    if "Unable to contact slurm controller" in words or "Unable to establish controller machine" in words:
+        return "Slurm's controller does not answer; see scontrol ping, and submit again when it does"
+    lines = (line.removeprefix("sbatch: ").strip() for line in words.splitlines())
+    return f"Slurm refused the job: {'; '.join(lines)}"
 
 
 def wait_for(job: submitit.Job) -> None:
-    """Wait for all processes of a job; ends this one with the job's exit code if it failed."""
+    """Wait for all processes of a job and print its accuracy; ends this one with exit code 1 if it failed."""
     try:
         job.results()
     except UncompletedJobError as error:
@@ -198,6 +224,9 @@ def wait_for(job: submitit.Job) -> None:
         print(f"hydra_main.py: error: job {job.job_id} failed, see {job.paths.stderr}", file=sys.stderr)
         sys.exit(1)
     print(f"Job {job.job_id} is done")
+    accuracies = ACCURACY.findall(job.stdout() or "")
+    if accuracies:
+        print(accuracies[-1])
 
 
 def launch(config: DictConfig) -> None:

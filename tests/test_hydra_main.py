@@ -7,9 +7,9 @@ from itertools import pairwise
 import pytest
 import timm
 import yaml
-from support import ROOT, SMALL_RUN, command, save_as_authors, scrambled
+from support import ROOT, SMALL_RUN, command, complaint, save_as_authors, scrambled
 
-from hydra_main import LONGEST_NAME, run_dir, run_name, sweep_dir
+from hydra_main import LONGEST_NAME, check_launch, check_text, run_dir, run_name, sweep_dir
 from options import SlurmOptions
 
 PUBLISHED = [
@@ -76,6 +76,7 @@ def test_the_same_command_runs_here_and_in_local_processes(shared_images, tmp_pa
         folder = tmp_path / str(len(launch))
         done = command("hydra_main.py", *hydra_overrides(shared_images, folder), "epochs=1", *launch)
         assert done.returncode == 0, done.stderr
+        assert "Best accuracy" in done.stdout
         assert (folder / "checkpoint.pth").exists()
         assert (folder / "hydra" / "overrides.yaml").exists()
 
@@ -116,6 +117,31 @@ def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, overrides, words):
     (line,) = done.stderr.strip().splitlines()
     for word in ("hydra_main.py: error: ", *words):
         assert word in line
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"comment": "week\n30"}, r"slurm.comment='week\\n30' holds a line break or control character"),
+        ({"partition": "long\n"}, r"slurm.partition='long\\n'"),
+        ({"job_name": "a\x1b[2J"}, r"slurm.job_name='a\\x1b\[2J'"),
+        ({"mem": "1G\r"}, "slurm.mem"),
+        ({"exclude_node": "n1\u2028"}, "slurm.exclude_node"),
+        ({"extra": {"comment": "a\nrm"}}, "slurm.extra.comment"),
+        ({"extra": {"comment\n#SBATCH": 1}}, "is no option of sbatch"),
+        ({"extra": {"comment=x": 1}}, "is no option of sbatch"),
+        ({"extra": {1: 2}}, "'1' is no option of sbatch"),
+        ({"extra": {"licenses": ["a"]}}, "slurm.extra.licenses must be a text, a number or true"),
+        ({"extra": {"licenses": None}}, "slurm.extra.licenses must be a text, a number or true"),
+    ],
+)
+def test_check_launch_refuses_what_is_more_than_a_line_of_the_script(setting, words):
+    assert re.search(words, complaint(check_launch, SlurmOptions(**setting)))
+
+
+def test_check_text_takes_plain_options():
+    extra = {"reservation": "week 30", "gpu-bind": "map:0,1", "exclusive": True, "nice": 3}
+    check_text(SlurmOptions(comment="für Läufe: 'a' \"b\" $c #d", extra=extra))
 
 
 def test_without_slurm_installed_the_remedy_is_named(tmp_path):

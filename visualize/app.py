@@ -1,282 +1,56 @@
-"""The demo page: python -m visualize.app, or make demo.
+"""The demo page's command: python -m visualize.app, or make demo.
 
-Serves on this machine only, unless told otherwise, and asks nothing of any other. Needs gradio (requirements-demo.txt).
+Serves on this machine only, unless told otherwise. Needs gradio (requirements-demo.txt).
 """
 
-import hashlib
+import argparse
+import errno
+import importlib.util
+import ipaddress
 import os
-import shutil
+import signal
+import socket
 import sys
-import tempfile
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from html import escape
+import threading
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import NoReturn
 
-import models
 from errors import OneLineParser, UsageError, exit_on_error
 
-from . import session
-from .report import UNTRAINED, UNTRAINED_HINT, Picture, figure_html
-from .session import Answer, Choice, Photo
+from .storage import Storage
 from .subject import DEFAULT_MODEL, load_subject
 
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read on import
-try:
-    import gradio as gr
-except ImportError:
-    print("visualize.app: error: the page needs gradio: pip install -r requirements-demo.txt", file=sys.stderr)
-    sys.exit(2)
-
-MEAN, NO_CHECKPOINT, LAST_BLOCK = "mean of all", "none: untrained weights", "last"
-LARGEST_FILE = "50mb"
-PICTURE_SIDE = 448
-STYLE = """
-.gradio-container { max-width: 80rem !important; margin: 0 auto }
-.panels { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)) }
-.panels figure { margin: 0; border-radius: 0.5rem; overflow: hidden; background: var(--background-fill-secondary) }
-.panels img { display: block; width: 100%; height: auto }
-.panels figcaption { padding: 0.6rem 0.8rem; color: var(--body-text-color) }
-.panels figcaption b { display: block }
-.alarm { border: 3px solid #d3002a; border-radius: 0.5rem; padding: 0.5rem 1rem; color: #d3002a; margin-bottom: 0.5rem }
-.dark .alarm { color: #ff7b8a; border-color: #ff7b8a }
-.alarm strong { display: block; font-size: 2rem; line-height: 1.2; color: inherit }
-.predictions { width: 100%; border-collapse: collapse; color: var(--body-text-color) }
-.predictions td { border: none !important; padding: 0.1rem 0; overflow-wrap: anywhere }
-.predictions td:last-child { text-align: right; white-space: nowrap; padding-left: 1rem }
-"""
+FIRST_PORT, PORTS = 7860, 100
 
 
-@dataclass(frozen=True)
-class Desk:
-    """One user's state: the photo, the last choice that worked, and the class evidence asked for."""
-
-    photo: Photo
-    choice: Choice
-    evidence: tuple[Picture, ...] = ()
-
-
-class Page:
-    """The page's components and what they do. `blocks` is the page.
-
-    model: the one to start with; checkpoints: those on offer. Everything a user does goes through `_update`: what it
-    shows is a function of the user's own state, and a mistake becomes a sentence above what was there before.
-    """
-
-    def __init__(self, model: str = DEFAULT_MODEL, checkpoints: Sequence[str] = (), checkpoint: str = "") -> None:
-        self.folder = tempfile.TemporaryDirectory(prefix="visualize-")
-        self.start = Choice(model, checkpoint)
-        with gr.Blocks(
-            title="What the attention does", analytics_enabled=False, delete_cache=(600, 3600)
-        ) as self.blocks:
-            self._lay_out(checkpoints)
-            self._connect()
-        self.blocks.queue(max_size=32, api_open=False)
-
-    # -- looks
-
-    def _lay_out(self, checkpoints: Sequence[str]) -> None:
-        self.desk = gr.State(None, time_to_live=3600)
-        gr.Markdown("# What the attention does\nPick or drop an image, then click a point of the picture.")
-        self.message = gr.HTML(elem_id="message", visible=False)
-        with gr.Row():
-            with gr.Column(scale=1, min_width=320):
-                self.picture = gr.Image(
-                    label="The picture",
-                    show_label=False,
-                    type="pil",
-                    format="png",
-                    interactive=False,
-                    buttons=[],
-                    elem_id="picture",
-                )
-                self.point = gr.Textbox(label="Point x,y in pixels", elem_id="point", max_length=20)
-                self.facts = gr.HTML(elem_id="facts")
-                self.download = gr.DownloadButton("Download the report", elem_id="download")
-            with gr.Column(scale=1, min_width=320):
-                names = list(session.samples())
-                self.sample = gr.Radio(names, value=names[0], label="Photographs", elem_id="sample")
-                gr.Markdown("Or an image of yours:")
-                self.upload = gr.File(type="filepath", show_label=False, height=140, elem_id="upload")
-                self.model = gr.Dropdown(list(models.MODEL_NAMES), value=self.start.model, label="Model")
-                self.checkpoint = gr.Dropdown(
-                    [NO_CHECKPOINT, *checkpoints], value=self.start.checkpoint or NO_CHECKPOINT, label="Checkpoint"
-                )
-                self.stage = gr.Radio([1, 2, 3, 4], value=self.start.stage, label="Stage", elem_id="stage")
-                with gr.Row():
-                    self.block = gr.Dropdown([LAST_BLOCK], value=LAST_BLOCK, label="Block", min_width=120)
-                    self.head = gr.Dropdown([MEAN], value=MEAN, label="Head", min_width=120)
-                self.ask_evidence = gr.Button("Show class evidence (takes longer)", elem_id="ask-evidence")
-        self.panels = gr.HTML(elem_id="panels")
-        self.evidence = gr.HTML(elem_id="evidence")
-
-    def _connect(self) -> None:
-        settings = [self.model, self.checkpoint, self.stage, self.block, self.head]
-        self.shown = [
-            *(self.desk, self.message, self.picture, self.point, self.facts, self.download),
-            *(self.panels, self.evidence, self.sample, *settings),
-        ]
-
-        def on(event: Callable[..., Any], function: Callable[..., Any], inputs: Sequence[Any]) -> None:
-            event(
-                function,
-                [self.desk, *inputs],
-                self.shown,
-                concurrency_limit=1,
-                concurrency_id="attention",  # one at a time, so that nobody's request takes another's time
-                api_visibility="private",
-                show_progress_on=[self.picture],
-                trigger_mode="always_last",
-            )
-
-        on(self.blocks.load, self.begin, [])
-        self.blocks.unload(self.leave)
-        on(self.sample.input, self.pick_sample, [self.sample])
-        on(self.upload.upload, self.open_file, [self.upload])
-        on(self.picture.select, self.click, [])
-        on(self.point.submit, self.type_point, [self.point])
-        on(self.ask_evidence.click, self.show_evidence, [])
-        for component in (self.model, self.checkpoint, self.stage):
-            on(component.input, self.choose, settings[:3])
-        for component in (self.block, self.head):
-            on(component.input, self.refine, settings[3:])
-
-    # -- what users do: each returns updates of `shown`
-
-    def begin(self, desk: Desk | None, request: gr.Request) -> list[Any]:
-        """A new visitor sees the first sample."""
-        return self._update(desk, request, lambda desk: desk)
-
-    def leave(self, request: gr.Request) -> None:
-        shutil.rmtree(self._folder_of(request), ignore_errors=True)
-
-    def pick_sample(self, desk: Desk, name: str, request: gr.Request) -> list[Any]:
-        return self._update(desk, request, lambda desk: self._other(desk, photo=session.samples()[name]))
-
-    def open_file(self, desk: Desk, path: str, request: gr.Request) -> list[Any]:
-        return self._update(desk, request, lambda desk: self._other(desk, photo=session.photo_from_file(path)))
-
-    def click(self, desk: Desk, event: gr.SelectData, request: gr.Request) -> list[Any]:
-        x, y = event.index
-        point = tuple(min(max((part + 0.5) / PICTURE_SIDE, 0.0), 1 - 1e-6) for part in (x, y))
-        return self._update(desk, request, lambda desk: _with(desk, point=point))
-
-    def type_point(self, desk: Desk, text: str, request: gr.Request) -> list[Any]:
-        def moved(desk: Desk) -> Desk:
-            side = session.subject_of(desk.choice).input_size
-            return _with(desk, point=session.point_from_text(text, (side, side)))
-
-        return self._update(desk, request, moved)
-
-    def choose(self, desk: Desk, model: str, checkpoint: str, stage: int, request: gr.Request) -> list[Any]:
-        """Another model, checkpoint or stage has other blocks and heads: back to the last block and to their mean."""
-        file = "" if checkpoint == NO_CHECKPOINT else checkpoint
-
-        def chosen(desk: Desk) -> Desk:
-            return self._other(desk, choice=Choice(model, file, stage, point=desk.choice.point))
-
-        return self._update(desk, request, chosen)
-
-    def refine(self, desk: Desk, block: int | str, head: int | str, request: gr.Request) -> list[Any]:
-        place = {"block": -1 if block == LAST_BLOCK else block, "head": None if head == MEAN else head}
-        return self._update(desk, request, lambda desk: _with(desk, **place))
-
-    def show_evidence(self, desk: Desk, request: gr.Request) -> list[Any]:
-        def asked(desk: Desk) -> Desk:
-            return replace(desk, evidence=tuple(session.evidence_of(desk.photo, desk.choice)))
-
-        return self._update(desk, request, asked)
-
-    @staticmethod
-    def _other(desk: Desk, **changes: Any) -> Desk:
-        """A desk whose evidence would be of another picture or model."""
-        return replace(desk, evidence=(), **changes)
-
-    # -- what they see
-
-    def _update(self, desk: Desk | None, request: gr.Request, change: Callable[[Desk], Desk]) -> list[Any]:
-        """The page for the changed desk; for a mistake, a sentence, and the settings as they were."""
-        desk = desk or Desk(next(iter(session.samples().values())), self.start)  # new, or away for long
-        try:
-            changed = change(desk)
-            found = session.answer(changed.photo, changed.choice)
-        except UsageError as error:
-            updates = {
-                self.message: gr.update(value=_alarm("", str(error)), visible=True),
-                **self._settings(desk.choice),
-            }
-            return [updates.get(component, gr.skip()) for component in self.shown]
-        updates = {
-            self.desk: changed,
-            self.message: gr.update(value="", visible=False),
-            self.picture: found.picture,
-            self.point: str(found.query),
-            self.facts: _facts(found),
-            self.download: str(self._report(changed, found, request)),
-            self.panels: _panels(found.panels),
-            self.evidence: _panels(changed.evidence),
-            self.sample: changed.photo.name if changed.photo in session.samples().values() else None,
-            **self._settings(changed.choice),
-            self.block: gr.update(choices=[LAST_BLOCK, *range(found.blocks)], value=_block(changed.choice)),
-            self.head: gr.update(choices=[MEAN, *range(found.heads)], value=_head(changed.choice)),
-        }
-        return [updates[component] for component in self.shown]
-
-    def _settings(self, choice: Choice) -> dict[Any, Any]:
-        return {
-            self.model: choice.model,
-            self.checkpoint: choice.checkpoint or NO_CHECKPOINT,
-            self.stage: choice.stage,
-            self.block: _block(choice),
-            self.head: _head(choice),
-        }
-
-    def _folder_of(self, request: gr.Request) -> Path:
-        """A visitor's folder. A session's name is whatever its browser says, and must not be taken for a path."""
-        return Path(self.folder.name, hashlib.sha256(request.session_hash.encode()).hexdigest())
-
-    def _report(self, desk: Desk, found: Answer, request: gr.Request) -> Path:
-        """Each visitor has one report file, overwritten by the next answer.
-
-        Gradio keeps one copy of files with the same content, from the first time on, and deletes old ones: the time
-        inside makes every report a young file.
-        """
-        folder = self._folder_of(request)
-        folder.mkdir(exist_ok=True)
-        path = folder / "report.html"
-        text = session.report_of(desk.photo, found, list(desk.evidence))
-        path.write_text(f"{text}\n<!-- {time.time_ns()} -->\n", encoding="utf-8")
-        return path
+def parser() -> OneLineParser:
+    """The command line."""
+    about = "A page that shows what the attention does."
+    result = OneLineParser(prog="python -m visualize.app", allow_abbrev=False, description=about)
+    add = result.add_argument
+    add("--model", help=f"to start with (default: the checkpoint's, or else {DEFAULT_MODEL})")
+    add("--checkpoint", default="", metavar="FILE", help="to start with (default: none)")
+    runs = "offer the best.pth of all runs in it (default: outputs)"
+    add("--checkpoints", default="outputs", metavar="FOLDER", help=runs)
+    add("--host", default="127.0.0.1", help="address to serve on (default: this machine only)")
+    add("--port", type=_port, help="(default: the first free one from 7860)")
+    add("--auth", type=_name_and_password, metavar="USER:PASSWORD", help="ask visitors for these")
+    return result
 
 
-def _with(desk: Desk, **changes: Any) -> Desk:
-    """The desk with a part of its choice changed."""
-    return replace(desk, choice=replace(desk.choice, **changes))
+def _port(text: str) -> int:
+    if text.isdecimal() and 1 <= int(text) <= 65535:
+        return int(text)
+    raise argparse.ArgumentTypeError(f"expected a number from 1 to 65535, not {text!r}")
 
 
-def _block(choice: Choice) -> int | str:
-    return LAST_BLOCK if choice.block == -1 else choice.block
-
-
-def _head(choice: Choice) -> int | str:
-    return MEAN if choice.head is None else choice.head
-
-
-def _alarm(heading: str, sentence: str) -> str:
-    strong = f"<strong>{escape(heading)}</strong>" if heading else ""
-    return f'<div class="alarm" role="alert">{strong}{escape(sentence)}</div>'
-
-
-def _facts(found: Answer) -> str:
-    rows = "".join(f"<tr><td>{escape(name)}</td><td>{100 * share:.1f} %</td></tr>" for name, share in found.predictions)
-    alarm = "" if found.subject.trained else _alarm(UNTRAINED, UNTRAINED_HINT)
-    return f'{alarm}<p>{escape(found.subject.facts)}</p><table class="predictions">{rows}</table>'
-
-
-def _panels(pictures: Sequence[Picture]) -> str:
-    return f'<div class="panels">{"".join(map(figure_html, pictures))}</div>' if pictures else ""
+def _name_and_password(text: str) -> tuple[str, str]:
+    name, _, password = text.partition(":")
+    if name and password:
+        return name, password
+    raise argparse.ArgumentTypeError("expected USER:PASSWORD")
 
 
 def find_checkpoints(folder: str) -> list[str]:
@@ -285,58 +59,66 @@ def find_checkpoints(folder: str) -> list[str]:
     return [str(path) for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
 
 
-def serve(page: Page, host: str = "127.0.0.1", port: int | None = None) -> str:
-    """Serve the page from other threads; returns its address. port None: the first free one from 7860.
+def free_port(host: str, port: int | None) -> int:
+    """The port, or the first free one from 7860. UsageError that says what is in the way."""
+    for number in range(FIRST_PORT, FIRST_PORT + PORTS) if port is None else [port]:
+        try:
+            family, _, _, _, address = socket.getaddrinfo(host.strip("[]"), number, type=socket.SOCK_STREAM)[0]
+            socket.create_server(address[:2], family=family).close()
+            return number
+        except (socket.gaierror, UnicodeError) as error:
+            raise UsageError(f"this machine knows no --host {host!r}") from error
+        except PermissionError as error:
+            raise UsageError(f"port {number} is not for every user; choose a --port from 1024") from error
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise UsageError(f"cannot serve on --host {host}: it is no address of this machine") from error
+    if port is None:
+        raise UsageError(f"ports {FIRST_PORT} to {FIRST_PORT + PORTS - 1} are taken; choose another --port")
+    raise UsageError(f"port {port} is taken; choose another --port")
 
-    UsageError if the address or the port cannot be had.
-    """
+
+def is_this_machine(host: str) -> bool:
+    """Whether an address is reached from this machine only."""
     try:
-        _, address, _ = page.blocks.launch(
-            server_name=host,
-            server_port=port,
-            share=False,
-            quiet=True,
-            prevent_thread_lock=True,
-            max_file_size=LARGEST_FILE,
-            state_session_capacity=100,
-            footer_links=[],
-            ssr_mode=False,
-            css=STYLE,
-            theme=local_theme(),
-        )
-    except OSError as error:
-        raise UsageError(f"cannot serve on {host}:{port}: {error}; choose another --port") from error
-    return address
-
-
-def local_theme() -> gr.themes.Base:
-    """A theme of the system's own fonts: Gradio's default asks Google for one."""
-    return gr.themes.Base(
-        font=["system-ui", "sans-serif"],
-        font_mono=["ui-monospace", "monospace"],
-        primary_hue="cyan",
-        neutral_hue="gray",
-    )
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Serve the page until it is stopped."""
-    about = "A page that shows what the attention does."
-    parser = OneLineParser(prog="python -m visualize.app", allow_abbrev=False, description=about)
-    parser.add_argument("--model", help=f"to start with (default: the checkpoint's, or else {DEFAULT_MODEL})")
-    parser.add_argument("--checkpoint", default="", metavar="FILE", help="to start with (default: none)")
-    runs = "offer the best.pth of all runs in it (default: outputs)"
-    parser.add_argument("--checkpoints", default="outputs", metavar="FOLDER", help=runs)
-    parser.add_argument("--host", default="127.0.0.1", help="address to serve on (default: this machine only)")
-    parser.add_argument("--port", type=int, help="(default: the first free one from 7860)")
-    options = parser.parse_args(argv)
+    """Serve the page until a signal stops it."""
+    options = parser().parse_args(argv)
+    if importlib.util.find_spec("gradio") is None:
+        raise UsageError("the page needs gradio: pip install -r requirements-demo.txt")
+    if options.auth is None and not is_this_machine(options.host):
+        notice = f"Whoever reaches {options.host} can use the page; --auth USER:PASSWORD asks for a name and a password"
+        print(notice, file=sys.stderr, flush=True)
+    port = free_port(options.host, options.port)
     start = load_subject(options.model, options.checkpoint or None)  # a mistake is a line here, not a page
     offered = [path for path in find_checkpoints(options.checkpoints) if path != options.checkpoint]
     if options.checkpoint:
         offered.insert(0, options.checkpoint)
-    page = Page(start.name, offered, options.checkpoint)
-    print(f"The page is at {serve(page, options.host, options.port)} until Ctrl-C", flush=True)
-    page.blocks.block_thread()
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, _end)
+    with Storage() as storage:
+        # gradio reads these when it is imported; its own folder is shared by all users of the machine.
+        os.environ.update(GRADIO_TEMP_DIR=str(storage.folder), GRADIO_ANALYTICS_ENABLED="False")
+        from .page import Page, serve
+
+        page = Page(storage, start.name, offered, options.checkpoint)
+        try:
+            print(f"The page is at {serve(page, options.host, port, options.auth)} until Ctrl-C", flush=True)
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            pass
+        finally:
+            page.blocks.close(verbose=False)
+
+
+def _end(number: int, frame: FrameType | None) -> NoReturn:
+    """End by a signal as by an exception, so that everything is cleaned up."""
+    sys.exit(128 + number)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,10 @@ from .subject import Subject, load_subject
 
 PHOTO_SIDE = 1024
 """Pixels kept of a photo's longer side."""
+INSIDE = 1 - 1e-6
+"""The largest fraction of a side that is still a pixel."""
+FARTHEST = 1e6
+"""Pixels from a picture's corner: no click is farther."""
 MODELS_KEPT, CAPTURES_KEPT = 2, 8
 SECONDS, EVIDENCE_SECONDS = 30.0, 120.0
 """After so long a request is given up."""
@@ -155,3 +159,15 @@ def point_from_text(text: str, size: tuple[int, int]) -> tuple[float, float]:
         raise UsageError(f"expected a point X,Y in whole pixels, not {text!r}") from None
     maps.check_inside(size, x, y)
     return (x + 0.5) / size[1], (y + 0.5) / size[0]
+
+
+def point_from_click(data: object, size: tuple[int, int]) -> tuple[float, float]:
+    """The pixel of a picture (height, width) that a click names by {"index": [x, y]}, as fractions inside of it.
+
+    UsageError if it names none: a browser may send anything.
+    """
+    match data:
+        case {"index": [int() | float() as x, int() | float() as y]} if abs(x) < FARTHEST and abs(y) < FARTHEST:
+            x, y = (x + 0.5) / size[1], (y + 0.5) / size[0]
+            return min(max(x, 0.0), INSIDE), min(max(y, 0.0), INSIDE)
+    raise UsageError("a click needs the two coordinates of a pixel; click into the picture, or write X,Y below it")

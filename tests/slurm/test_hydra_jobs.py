@@ -106,7 +106,11 @@ def wait_for_line(job, pattern, timeout=120):
 def test_a_job_trains_to_the_same_weights_as_torchrun(cluster, undisturbed, tmp_path):
     done = command(*for_hydra(tmp_path / "run", "wait=true"), **cluster.env)
     assert done.returncode == 0, done.stderr
-    for words in (r"Submitted job \d+", rf"follow it: tail -F {tmp_path}/run/\d+_0_log.out", r"Job \d+ is done"):
+    for words in (
+        r"Submitted job \d+",
+        rf"follow it: tail -F {tmp_path}/run/\d+_0_log.out",
+        r"Job \d+ is done\nBest accuracy [\d.]+%",
+    ):
         assert re.search(words, done.stdout)
     assert_same_run(undisturbed, tmp_path / "run")
 
@@ -218,6 +222,17 @@ def test_slurms_own_words_when_it_refuses(cluster, tmp_path):
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert "invalid partition specified: moon" in line
+
+
+def test_a_controller_that_does_not_answer_is_named(cluster, tmp_path):
+    conf = tmp_path / "slurm.conf"
+    text = re.sub(r"SlurmctldPort=\d+", "SlurmctldPort=1", Path(cluster.env["SLURM_CONF"]).read_text())
+    conf.write_text(f"{text}\nMessageTimeout=2\n")
+    done = command(*for_hydra(tmp_path / "run"), **{**cluster.env, "SLURM_CONF": str(conf)})
+    assert done.returncode == 2
+    assert done.stderr.strip().splitlines() == [
+        "hydra_main.py: error: Slurm's controller does not answer; see scontrol ping, and submit again when it does"
+    ]
 
 
 def test_multirun_submits_one_job_per_point(cluster, tmp_path):

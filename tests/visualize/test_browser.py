@@ -5,7 +5,6 @@ import os
 import shutil
 import socket
 import time
-from pathlib import Path
 
 import pytest
 import timm
@@ -21,8 +20,10 @@ CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None:
     pytest.skip("chromium is not installed (apt-get install chromium)", allow_module_level=True)
 
-from visualize.app import Page, serve  # noqa: E402
+from visualize.app import free_port  # noqa: E402
+from visualize.page import Page, serve  # noqa: E402
 from visualize.report import UNTRAINED  # noqa: E402
+from visualize.storage import Storage  # noqa: E402
 
 WIDTHS = [1280, 390]
 SLOW = 60_000
@@ -50,20 +51,21 @@ def page(tmp_path_factory, outside):
     model = timm.create_model("debiformer_nano", num_classes=2)
     content = {"model": model.state_dict(), "args": {"model": "debiformer_nano", "input_size": 64}}
     torch.save({**content, "classes": ["cat", "dog"]}, path)
-    page = Page("debiformer_nano", [str(path)])
-    yield page
-    page.blocks.close()
+    with Storage() as storage:
+        page = Page(storage, "debiformer_nano", [str(path)])
+        yield page
+        page.blocks.close()
 
 
 @pytest.fixture(scope="module")
 def address(page):
-    return serve(page)
+    return serve(page, "127.0.0.1", free_port("127.0.0.1", None))
 
 
 @pytest.fixture(scope="module")
 def reports(page):
     """The folder with one folder for each visitor's report."""
-    return Path(page.folder.name)
+    return page.storage.folder
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +226,6 @@ def test_mistakes_become_a_sentence_and_the_page_goes_on(visit, tmp_path):
         page.set_input_files("#upload input[type=file]", path)
         page.wait_for_selector(f"#message [role=alert]:has-text('{words}')")
         one.settle()
-        page.click("#upload button[aria-label='Remove this file'], #upload button[aria-label='Clear']")
     field = page.locator("#point input, #point textarea")
     field.fill("64,0")
     field.press("Enter")
@@ -260,7 +261,7 @@ def test_nothing_overlaps(visit, reports, width, scheme):
     assert not scrolls_sideways(one.page)
 
     report = one.context.new_page()
-    report.goto(max(reports.glob("*/report.html"), key=os.path.getmtime).as_uri())
+    report.goto(max(reports.glob("*/*/report.html"), key=os.path.getmtime).as_uri())
     assert overlaps(report) == []
     assert not scrolls_sideways(report)
     page_colour = report.evaluate("getComputedStyle(document.body).backgroundColor")

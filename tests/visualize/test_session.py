@@ -10,7 +10,8 @@ import pytest
 import timm
 import torch
 from awkward_images import ACCEPTED, REFUSED, write_huge
-from support import command
+from PIL import Image
+from support import command, complaint
 
 import models  # noqa: F401
 from errors import UsageError, exit_on_error
@@ -19,7 +20,9 @@ from visualize.capture import capture, time_limit
 from visualize.report import UNTRAINED
 
 gr = pytest.importorskip("gradio", reason="gradio is an extra")
-from visualize.app import MEAN, NO_CHECKPOINT, Desk, Page, find_checkpoints, main, serve  # noqa: E402
+from visualize.app import find_checkpoints, free_port, main  # noqa: E402
+from visualize.page import MEAN, NO_CHECKPOINT, Desk, Page  # noqa: E402
+from visualize.storage import Storage  # noqa: E402
 
 NANO = session.Choice("debiformer_nano")
 
@@ -35,7 +38,8 @@ def trained(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def page(trained):
-    return Page("debiformer_nano", [trained])
+    with Storage() as storage:
+        yield Page(storage, "debiformer_nano", [trained])
 
 
 class Visitor:
@@ -62,6 +66,11 @@ class Visitor:
         return self.sees[self.page.panels]
 
 
+def at(x, y):
+    """A click as gradio hands it on."""
+    return gr.EventData(None, {"index": [x, y]})
+
+
 @pytest.fixture
 def visitor(page):
     return Visitor(page)
@@ -76,7 +85,7 @@ def test_a_new_visitor_sees_a_photograph_and_that_the_weights_are_untrained(page
 
 def test_a_click_changes_the_panels(visitor):
     before = visitor.panels
-    visitor.do("click", SimpleNamespace(index=[10, 440]))
+    visitor.do("click", at(10, 440))
     assert visitor.sees[visitor.page.point] == "1,62"
     assert visitor.panels != before
 
@@ -99,7 +108,7 @@ def test_settings_change_the_panels_and_offer_what_there_is(page, visitor, train
 
 def test_the_report_is_the_visitors_own(page, visitor):
     other = Visitor(page, "two").do("pick_sample", "flower")
-    visitor.do("click", SimpleNamespace(index=[3, 3]))
+    visitor.do("click", at(3, 3))
     reports = [Path(one.sees[page.download]).read_text(encoding="utf-8") for one in (visitor, other)]
     assert "china through debiformer_nano" in reports[0]
     assert "flower through debiformer_nano" in reports[1]
@@ -116,7 +125,7 @@ def test_visitors_do_not_mix(page):
     one, two = Visitor(page, "one"), Visitor(page, "two")
     for step in steps:
         one.do(*step)
-        two.do("click", SimpleNamespace(index=[len(step) * 40, 7])).do("choose", "biformer_tiny", NO_CHECKPOINT, 1)
+        two.do("click", at(len(step) * 40, 7)).do("choose", "biformer_tiny", NO_CHECKPOINT, 1)
     assert one.panels == alone.panels
     assert two.panels != alone.panels
     assert two.desk.photo.name == "china"
@@ -135,6 +144,18 @@ def test_unusable_uploads_get_a_sentence_and_the_page_goes_on(page, visitor, tmp
     assert visitor.message == ""
 
 
+def test_an_upload_is_deleted_once_it_is_read(page, visitor):
+    folder = page.storage.folder / "hash"
+    folder.mkdir()
+    for name in ("seen.png", "refused.txt"):
+        path = folder / name
+        path.write_text("no image") if name == "refused.txt" else Image.new("RGB", (64, 64)).save(path)
+        visitor.do("open_file", str(path))
+        assert ("is no image" in visitor.message) == (name == "refused.txt")
+        assert not path.exists()
+        assert visitor.sees[page.upload] is None
+
+
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_unusual_uploads_are_shown(visitor, tmp_path, name):
     visitor.do("open_file", str(ACCEPTED[name](tmp_path / name)))
@@ -147,6 +168,14 @@ def test_unusual_uploads_are_shown(visitor, tmp_path, name):
     [
         ("type_point", ["64,0"], "64,0 lies outside of the 64x64 picture"),
         ("type_point", ["here"], "expected a point X,Y"),
+        ("click", [at(float("nan"), 1)], "a click needs the two coordinates"),
+        ("click", [at(10**400, 1)], "a click needs the two coordinates"),
+        ("click", [at("1", "2")], "a click needs the two coordinates"),
+        ("click", [gr.EventData(None, {"index": [1]})], "a click needs the two coordinates"),
+        ("click", [gr.EventData(None, {"index": [1, 2, 3]})], "a click needs the two coordinates"),
+        ("click", [gr.EventData(None, {"index": "12"})], "a click needs the two coordinates"),
+        ("click", [gr.EventData(None, {})], "a click needs the two coordinates"),
+        ("click", [gr.EventData(None, None)], "a click needs the two coordinates"),
         ("choose", ["debiformer_nano", NO_CHECKPOINT, 7], "no stage 7"),
         ("choose", ["resnet18", NO_CHECKPOINT, 3], "resnet18 has no routing"),
         ("choose", ["debiformer_nano", "/etc/passwd", 3], "is not a checkpoint"),
@@ -180,7 +209,7 @@ def test_evidence_appears_and_goes_with_its_photo(page, visitor):
     pytest.importorskip("captum", reason="captum is an extra")
     visitor.do("show_evidence")
     assert visitor.sees[page.evidence].count("<figure>") == 2
-    visitor.do("click", SimpleNamespace(index=[3, 3]))
+    visitor.do("click", at(3, 3))
     assert visitor.sees[page.evidence].count("<figure>") == 2
     visitor.do("pick_sample", "flower")
     assert visitor.sees[page.evidence] == ""
@@ -236,9 +265,15 @@ def test_without_gradio_there_is_one_line():
     assert printed.stderr == "visualize.app: error: the page needs gradio: pip install -r requirements-demo.txt\n"
 
 
-def test_a_port_in_use_is_a_sentence(page):
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(UsageError, match="choose another --port"):
-        serve(page, port=taken.getsockname()[1])
+def test_free_port_says_in_a_sentence_what_is_wrong_with_an_address():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for address, sentence in (
+            (("127.0.0.1", port), f"port {port} is taken; choose another --port"),
+            (("192.0.2.1", port), "cannot serve on --host 192.0.2.1: it is no address of this machine"),
+            (("no.invalid", port), "this machine knows no --host 'no.invalid'"),
+        ):
+            assert complaint(free_port, *address) == sentence
 
 
 @pytest.mark.parametrize(
@@ -247,6 +282,8 @@ def test_a_port_in_use_is_a_sentence(page):
         (["--checkpoint", "none.pth"], "does not exist"),
         (["--model", "x"], "unknown --model"),
         (["--p"], "unrecognized"),
+        (["--port", "70000"], "expected a number from 1 to 65535, not '70000'"),
+        (["--auth", "secret"], "expected USER:PASSWORD"),
     ],
 )
 def test_mistakes_at_the_start_are_sentences(argv, words, capsys):
@@ -261,7 +298,7 @@ def test_what_a_browser_calls_its_session_is_no_path(page, tmp_path):
     """The report stays in the page's folder, and leaving removes nothing else."""
     (tmp_path / "kept.txt").write_text("mine")
     visitor = Visitor(page, str(tmp_path))
-    assert Path(visitor.sees[page.download]).parent.parent == Path(page.folder.name)
+    assert Path(visitor.sees[page.download]).parents[2] == page.storage.folder
     page.leave(visitor.request)
     assert not Path(visitor.sees[page.download]).exists()
     assert (tmp_path / "kept.txt").read_text() == "mine"
