@@ -7,12 +7,23 @@ from typing import Any
 from timm.data import ImageNetInfo
 
 
+def class_names(checkpoint: Mapping[str, Any]) -> list[str]:
+    """The class names in a checkpoint; [] if it has none, or only the stand-ins of `labels_of`."""
+    classes = checkpoint.get("classes")
+    names = list(map(str, classes)) if isinstance(classes, list | tuple) else []
+    return [] if names == _stand_ins(len(names)) else names
+
+
 def labels_of(checkpoint: Mapping[str, Any], num_classes: int) -> list[str]:
     """The class names in a checkpoint; where it has none that fit, ImageNet's synsets for 1000 classes, or numbers."""
-    classes = checkpoint.get("classes")
-    if isinstance(classes, list | tuple) and len(classes) == num_classes:
-        return list(map(str, classes))
-    return ImageNetInfo().label_names() if num_classes == 1000 else [f"class {i}" for i in range(num_classes)]
+    names = class_names(checkpoint)
+    if len(names) == num_classes:
+        return names
+    return ImageNetInfo().label_names() if num_classes == 1000 else _stand_ins(num_classes)
+
+
+def _stand_ins(count: int) -> list[str]:
+    return [f"class {number}" for number in range(count)]
 
 
 @cache
