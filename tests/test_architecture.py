@@ -76,6 +76,11 @@ def test_models_import_only_ops_and_errors(path):
     assert imports_of_project(path) <= {"ops", "errors"}
 
 
+@pytest.mark.parametrize("path", files_in("runtime"), ids=str)
+def test_runtime_imports_only_what_lies_below(path):
+    assert imports_of_project(path) <= {"errors", "options", "utils"}
+
+
 @pytest.mark.parametrize("name", BELOW_MAIN)
 def test_modules_below_main_never_import_a_run(name):
     assert imports_of_project(Path(f"{name}.py")) & RUN_MODULES == set()

@@ -147,8 +147,7 @@ def test_a_missing_image_is_not_waited_for(tmp_path, monkeypatch):
     assert "FileNotFoundError" in complaint(keyed.__getitem__, Key(0))
 
 
-def test_a_failed_listing_is_no_smaller_data_set(tmp_path, monkeypatch):
-    """A folder that cannot be read would otherwise count as empty."""
+def test_what_failed_is_named(monkeypatch):
+    monkeypatch.setattr(runtime.storage, "PAUSES", ())
     with pytest.raises(TryAgain, match="the storage fails"):
-        monkeypatch.setattr(runtime.storage, "PAUSES", ())
         runtime.storage.read_patiently(lambda: os.read(os.open("/proc/self/mem", os.O_RDONLY), 1), "it")

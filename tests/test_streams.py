@@ -138,5 +138,5 @@ def test_unusable_samples_are_named(tmp_path, content, words):
 def test_a_torn_shard_is_named(tmp_path):
     shard = write_shards(tmp_path, 1) / "images-train-0000.tar"
     shard.write_bytes(shard.read_bytes()[:5000])
-    with pytest.raises(UsageError, match="a shard is damaged .*images-train-0000.tar"):
+    with pytest.raises(UsageError, match=r"a shard is damaged .*images-train-0000\.tar"):
         epoch_of(build_data(options_for(tmp_path), Processes(), CPU), 0)
