@@ -52,7 +52,7 @@ class TrainingState:
         theirs = checkpoint["args"].get("model")
         if theirs != self.args["model"]:
             raise UsageError(f"{path} is of {theirs}, not of {self.args['model']}; choose another --output_dir")
-        if checkpoint["classes"] != self.classes:
+        if checkpoint["classes"] and self.classes and checkpoint["classes"] != self.classes:
             raise UsageError(f"{path} was trained on other classes; choose another --output_dir, or --finetune {path}")
         if checkpoint["args"].get("opt") != self.args["opt"]:
             raise UsageError(f"{path} was trained with --opt {checkpoint['args'].get('opt')}; go on with that")

@@ -5,57 +5,87 @@ never matters.
 """
 
 import atexit
+import io
 import json
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NoReturn
 
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import ImageDataset, create_dataset, create_transform
-from timm.data.readers import create_reader
+from timm.data import ImageDataset, ImageNetInfo, create_dataset, create_transform
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 from torchvision import datasets as vision
 from torchvision import transforms
+from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 
-from errors import UsageError, listed
+from errors import TryAgain, UsageError, listed
 from models.pixels import Pixels, pixels_of
+from models.weights.sources import cache_folder
 from options import Options
+from runtime.images import MAX_PIXELS, ImageRefused, open_rgb
+from runtime.packed import PackedPaths
+from runtime.storage import read_patiently
+from runtime.streams import Stream
+from runtime.tar import TarFiles
 from samplers import EvalSampler, Key, TrainSampler
-from utils import Processes, Requests, seeded
+from utils import Processes, Requests, gather_objects, seeded, tell, unite_seeds
 
-# -- sources: map-style datasets of (PIL image, class number) with `classes` and `name_of(index)` ---------------------
+# -- sources: map-style datasets of (path, open file or PIL image; class number) with `classes` and `name_of(index)` ---
 
 
 class ImageFiles(Dataset):
     """Images given as (path, class number) pairs. classes: their names."""
 
-    def __init__(self, samples: Sequence[tuple[str, int]], classes: Sequence[str]) -> None:
-        self.samples, self.classes = samples, list(classes)
+    def __init__(self, samples: Iterable[tuple[str, int]], classes: Sequence[str]) -> None:
+        targets: list[int] = []
+
+        def paths() -> Iterator[str]:
+            for path, target in samples:
+                targets.append(target)
+                yield path
+
+        self.paths, self.classes = PackedPaths(paths()), list(classes)
+        self.targets = np.array(targets, np.int64)
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.targets)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        path, target = self.samples[index]
-        return open_rgb(path), target
+    def __getitem__(self, index: int) -> tuple[str, int]:
+        return self.paths[index], int(self.targets[index])
 
     def name_of(self, index: int) -> str:
-        return self.samples[index][0]
+        return self.paths[index]
 
 
-def open_rgb(file: Any) -> Image.Image:
-    """The image in a file (a path or an open file) as RGB, whatever its mode."""
-    with Image.open(file) as image:
-        return image.convert("RGB")
+class TarImages(Dataset):
+    """The images of a tar file, whose class is the name of the folder that they are in."""
+
+    def __init__(self, path: Path) -> None:
+        self.files = TarFiles(path, IMG_EXTENSIONS, cache_folder())
+        labels = [os.path.basename(os.path.dirname(name)) for name in self.files.names]
+        self.classes = sorted(set(labels))
+        if not labels or not all(self.classes):
+            raise UsageError(f"{path} must hold class folders with images in them, and no images beside them")
+        number = {name: i for i, name in enumerate(self.classes)}
+        self.targets = np.array([number[label] for label in labels], np.int64)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[io.BytesIO, int]:
+        return io.BytesIO(self.files.read(index)), int(self.targets[index])
+
+    def name_of(self, index: int) -> str:
+        return f"{self.files.names[index]} of {self.files.path}"
 
 
 class Digits(Dataset):
@@ -85,19 +115,19 @@ class Digits(Dataset):
 
 
 class ReaderImages(Dataset):
-    """The images of a timm reader (tar files, Hugging Face datasets)."""
+    """The images of a timm reader (Hugging Face datasets)."""
 
     def __init__(self, reader: Any) -> None:
         self.reader = reader
-        number_of = getattr(reader, "class_to_idx", None) or getattr(reader, "class_name_to_idx", None) or {}
+        number_of = getattr(reader, "class_to_idx", None) or {}
         self.classes = sorted(number_of, key=number_of.get)
 
     def __len__(self) -> int:
         return len(self.reader)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
         file, target, *_ = self.reader[index]
-        return open_rgb(file), target
+        return file, target
 
     def name_of(self, index: int) -> str:
         return self.reader.filename(index)
@@ -111,34 +141,39 @@ class Cifar100(vision.CIFAR100):
 
 
 def image_folder(root: str, split: str) -> ImageFiles:
-    """ROOT/SPLIT/CLASS/*. UsageError if a folder is missing or empty."""
+    """ROOT/SPLIT/CLASS/*. UsageError if a folder is missing, or in training empty."""
     folder = Path(root, split)
     if not folder.is_dir():
         raise UsageError(f"{folder} is not a folder; --data_path must hold train/CLASS/ and val/CLASS/ folders")
-    try:
-        found = vision.ImageFolder(str(folder))
-    except FileNotFoundError as error:
-        empty = [p.name for p in sorted(folder.iterdir()) if p.is_dir() and not _has_images(p)]
-        if not empty:
-            raise UsageError(f"{folder} has no class folders; put the images in {folder}/CLASS/") from error
-        raise UsageError(f"class folder {folder / empty[0]} holds no image; fill or remove it") from error
-    return ImageFiles(found.samples, found.classes)
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    if not classes:
+        raise UsageError(f"{folder} has no class folders; put the images in {folder}/CLASS/")
+    images = ImageFiles(find_images(folder, {name: number for number, name in enumerate(classes)}), classes)
+    counts = np.bincount(images.targets, minlength=len(classes))
+    if not len(images):
+        raise UsageError(f"the class folders of {folder} hold no images; fill them")
+    if split == "train" and not counts.all():
+        raise UsageError(f"class folder {folder / classes[counts.argmin()]} holds no image; fill or remove it")
+    return images
 
 
-def both_splits(root: str, open_split: Callable[[str, str], Dataset], evaluate: bool) -> tuple[Dataset, Dataset]:
-    """What `open_split` makes of train and val, or to `evaluate` twice of val. UsageError if their classes differ."""
-    if evaluate:
-        return (open_split(root, "val"),) * 2
-    train, val = open_split(root, "train"), open_split(root, "val")
-    if train.classes != val.classes:
-        only = [f"{name} (only in train)" for name in sorted(set(train.classes) - set(val.classes))]
-        only += [f"{name} (only in val)" for name in sorted(set(val.classes) - set(train.classes))]
-        raise UsageError(f"{root}: train and val hold different classes: {listed(only)}")
-    return train, val
+def find_images(folder: Path, numbers: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+    """The images in the class folders under `folder`, by name, with the numbers of their classes."""
+
+    def fail(error: OSError) -> NoReturn:
+        raise error
+
+    for name, number in sorted(numbers.items()):
+        for inner, _, files in sorted(os.walk(folder / name, onerror=fail, followlinks=True)):
+            yield from ((os.path.join(inner, file), number) for file in sorted(files) if is_image_file(file))
 
 
-def _has_images(folder: Path) -> bool:
-    return any(p.suffix.lower() in vision.folder.IMG_EXTENSIONS for p in folder.rglob("*"))
+def tar_file(root: str, split: str) -> TarImages:
+    """ROOT/SPLIT.tar. UsageError if it is missing, or no tar file of class folders."""
+    path = Path(root, f"{split}.tar")
+    if not path.is_file():
+        raise UsageError(f"{path} is missing; --data_set TAR reads train.tar and val.tar, with one folder per class")
+    return TarImages(path)
 
 
 def inaturalist(root: str, year: int, category: str) -> tuple[ImageFiles, ImageFiles]:
@@ -188,8 +223,11 @@ def open_sources(options: Options) -> tuple[Dataset, Dataset]:
         raise UsageError(f"--data_set {name} needs --data_path (or try --data_set DIGITS, which needs no files)")
     if root and not Path(root).exists():
         raise UsageError(f"--data_path {root} does not exist")
-    if name == "IMNET":
-        return both_splits(root, image_folder, options.eval)
+    if name in ("IMNET", "TAR"):
+        open_split = image_folder if name == "IMNET" else tar_file
+        train = None if options.eval else open_split(root, "train")
+        test = open_split(root, "val")
+        return train or test, test
     if name == "CIFAR":
         try:
             return Cifar100(root, train=True), Cifar100(root, train=False)
@@ -197,18 +235,13 @@ def open_sources(options: Options) -> tuple[Dataset, Dataset]:
             raise UsageError(f"no CIFAR-100 under {root}; unpack cifar-100-python.tar.gz there") from error
     if name in ("INAT", "INAT19"):
         return inaturalist(root, 2019 if name == "INAT19" else 2018, options.inat_category)
-    if name == "TAR":
-        return both_splits(root, _tar_source, options.eval)
     if "/" in name:
         return _timm_source(options, train=True), _timm_source(options, train=False)
     raise UsageError(f"unknown --data_set {name!r}; known: IMNET, CIFAR, INAT, INAT19, DIGITS, TAR, hfds/…, wds/…")
 
 
-def _tar_source(root: str, split: str) -> ReaderImages:
-    path = Path(root, f"{split}.tar")
-    if not path.is_file():
-        raise UsageError(f"{path} is missing; --data_set TAR reads train.tar and val.tar, with one folder per class")
-    return ReaderImages(create_reader("", root=str(path)))
+LISTED = ("IMNET", "INAT", "INAT19", "TAR")
+"""Data sets whose files are listed, which takes minutes: one process does it and tells the others."""
 
 
 def _let_timm_find_hugging_face() -> None:
@@ -244,11 +277,14 @@ def _timm_source(options: Options, train: bool) -> Dataset:
             is_training=train,
             batch_size=options.batch_size,
             seed=options.seed,
+            **({"input_img_mode": ""} if options.data_set.startswith("hfids/") else {}),  # converted here
         )
     except ImportError as error:
         raise UsageError(f"--data_set {options.data_set} needs another package ({error}); pip install it") from error
     except (AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(f"--data_set {options.data_set}, split {split!r}: {error or type(error).__name__}") from error
+    if isinstance(dataset, IterableDataset):
+        return Stream(dataset.reader, options.data_set, train, options.seed)
     return ReaderImages(dataset.reader) if isinstance(dataset, ImageDataset) else dataset
 
 
@@ -309,24 +345,46 @@ def _at_cifar_size(data_set: str, input_size: int) -> bool:
 
 
 class Transformed(Dataset):
-    """A source with a transform, addressed by `Key`: the same key gives the same tensor, whoever computes it."""
+    """A source with a transform, addressed by `Key`: the same key gives the same tensor, whoever computes it.
 
-    def __init__(self, source: Dataset, transform: transforms.Compose, seed: int) -> None:
+    numbers: the class number to give for each of the source's; None: as they are. max_pixels: of an image that is read.
+    """
+
+    def __init__(
+        self,
+        source: Dataset,
+        transform: Callable[[Image.Image], Tensor],
+        seed: int,
+        numbers: Sequence[int] | None = None,
+        max_pixels: int = MAX_PIXELS,
+    ) -> None:
         self.source, self.transform, self.seed = source, transform, seed
+        self.numbers, self.max_pixels = numbers, max_pixels
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, key: Key) -> tuple[Tensor, int]:
+        named = hasattr(self.source, "name_of")
+        image, target = self._read(key.index, self.source.name_of(key.index) if named else f"number {key.index}")
+        with seeded(self.seed, key.epoch, key.position):
+            return self.transform(image), target if self.numbers is None else self.numbers[target]
+
+    def _read(self, index: int, name: str) -> tuple[Image.Image, Any]:
+        def read() -> tuple[Image.Image, Any]:
+            image, target = self.source[index]
+            return image if isinstance(image, Image.Image) else open_rgb(image, self.max_pixels), target
+
         try:
-            image, target = self.source[key.index]
+            return read_patiently(read, f"image {name}")
+        except TryAgain:
+            raise
+        except ImageRefused as error:
+            raise UsageError(f"cannot read image {name}: it {error} (--max_image_pixels)") from error
         except Exception as error:
             # A broken file makes Pillow raise anything from OSError to struct.error.
             kind = type(error).__name__
-            name = self.source.name_of(key.index) if hasattr(self.source, "name_of") else f"number {key.index}"
             raise UsageError(f"cannot read image {name} ({kind}: {error}); repair or remove it") from error
-        with seeded(self.seed, key.epoch, key.position):
-            return self.transform(image), target
 
 
 # -- loaders -----------------------------------------------------------------------------------------------------------
@@ -336,6 +394,7 @@ class Transformed(Dataset):
 class Data:
     """What a run needs to know of its data. train: None when only evaluating; images are (B, 3, S, S) uint8.
 
+    named: whether the images' source names its classes.
     updates: optimizer updates per epoch; total_batch: images per update over all processes.
     dist_eval: each process evaluates its own share; val_batches: batches that every process has at least.
     """
@@ -348,6 +407,7 @@ class Data:
     total_batch: int
     dist_eval: bool
     val_batches: int
+    named: bool = True
 
     @property
     def epoch_images(self) -> int:
@@ -377,62 +437,146 @@ class Data:
 
 
 def build_data(
-    options: Options, processes: Processes, device: torch.device, test_source: Dataset | None = None
+    options: Options,
+    processes: Processes,
+    device: torch.device,
+    test_source: Dataset | None = None,
+    trained: Sequence[str] = (),
 ) -> Data:
     """Loaders and class names for a run. UsageError for data that cannot be used.
 
-    test_source: what to evaluate on (nothing is trained then) instead of what --data_set names.
+    Args:
+        test_source: what to evaluate on (nothing is trained then) instead of what --data_set names.
+        trained: the classes that the weights know, by number, where they say so. The images get these numbers.
     """
-    train_source, val_source = open_sources(options) if test_source is None else (test_source, test_source)
-    classes = list(getattr(train_source, "classes", []))
+    train_source, val_source = (test_source, test_source) if test_source is not None else _sources(options, processes)
+    found = getattr(train_source, "classes", [])
+    classes = _choose_classes(options, found, list(trained))
     num_classes = options.num_classes or len(classes)
     if num_classes == 0:
         raise UsageError(f"--data_set {options.data_set} does not say how many classes it has; pass --num_classes")
     if num_classes < len(classes):
         raise UsageError(f"--num_classes {num_classes} is fewer than the {len(classes)} classes of the data")
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # not on a Mac
-    workers = min(options.num_workers, cores)
-    common = {
+    total_batch = options.batch_size * processes.world_size * options.accum_steps
+    train, updates = None, 0
+    if not options.eval:
+        numbers = class_numbers(train_source, classes, options)
+        load = _load_stream if isinstance(train_source, IterableDataset) else _load_images
+        train, updates = load(train_source, numbers, options, processes, device)
+    val, split = _load_test(val_source, class_numbers(val_source, classes, options), options, processes, device)
+    val_batches = 0  # unknown
+    if not isinstance(val_source, IterableDataset):
+        smallest_share = len(val_source) // (processes.world_size if split else 1)
+        val_batches = -(-smallest_share // _eval_batch(options))
+    return Data(train, val, num_classes, classes, updates, total_batch, split, val_batches, bool(found))
+
+
+def _sources(options: Options, processes: Processes) -> tuple[Dataset, Dataset]:
+    if options.data_set not in LISTED:
+        return open_sources(options)
+    return tell(lambda: read_patiently(lambda: open_sources(options), f"--data_path {options.data_path}"), processes)
+
+
+def _choose_classes(options: Options, found: Sequence[str], trained: list[str]) -> list[str]:
+    """The names of the classes by number: those that the weights were trained on if they are known and the same."""
+    found, synsets = list(found), ImageNetInfo().label_names()
+    if not options.eval:
+        return trained if set(trained) == set(found) else found
+    if trained or not found:
+        return trained
+    count = options.num_classes or len(found)
+    if count == len(synsets) and set(found) <= set(synsets):  # what weights of 1000 classes are taken to know
+        return synsets
+    if (options.resume or options.load_release) and len(found) < count:
+        raise UsageError(
+            f"the weights do not name their {count} classes, so it is not known which of them the data's {len(found)} "
+            "are; add (empty) class folders for the others"
+        )
+    return found
+
+
+def class_numbers(source: Dataset, classes: Sequence[str], options: Options) -> list[int] | None:
+    """The number among `classes` of each of a source's classes; None where they agree, or one side has no names.
+
+    UsageError if the source has others.
+    """
+    found = list(getattr(source, "classes", []))
+    if not found or not classes or found == list(classes):
+        return None
+    number = {name: i for i, name in enumerate(classes)}
+    unknown = [name for name in found if name not in number]
+    if unknown:
+        known = "that the weights know" if options.eval else "of the training data"
+        raise UsageError(f"{options.data_path or options.data_set}: {listed(unknown)} is none of the classes {known}")
+    return [number[name] for name in found]
+
+
+def _loader_settings(options: Options, device: torch.device, workers: int) -> dict[str, Any]:
+    return {
         "num_workers": workers,
         "pin_memory": options.pin_mem and device.type == "cuda",
         "persistent_workers": workers > 0,
         "worker_init_fn": ignore_stop_signals,
     }
+
+
+def _usable_workers(options: Options) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # not on a Mac
+    return min(options.num_workers, cores)
+
+
+def _load_images(
+    source: Dataset, numbers: list[int] | None, options: Options, processes: Processes, device: torch.device
+) -> tuple[DataLoader, int]:
+    """The training loader, and updates per epoch."""
     total_batch = options.batch_size * processes.world_size * options.accum_steps
+    sampler = TrainSampler(len(source), total_batch, options, processes)
+    dataset = Transformed(source, train_transform(options), options.seed, numbers, options.max_image_pixels)
+    settings = _loader_settings(options, device, _usable_workers(options))
+    return DataLoader(dataset, options.batch_size, sampler=sampler, drop_last=True, **settings), (
+        sampler.length // total_batch
+    )
 
-    train, updates = None, 0
-    if not options.eval:
-        if isinstance(train_source, IterableDataset):
-            train_source.transform = train_transform(options)
-            train_source.set_loader_cfg(num_workers=workers)
-            train = DataLoader(train_source, options.batch_size, drop_last=True, **common)
-            # timm's readers of streams count this process's share alone.
-            updates = len(train_source) // (options.batch_size * options.accum_steps)
-            if updates == 0:
-                raise UsageError(f"--data_set {options.data_set} does not fill one batch; lower --batch_size")
-        else:
-            sampler = TrainSampler(len(train_source), total_batch, options, processes)
-            dataset = Transformed(train_source, train_transform(options), options.seed)
-            train = DataLoader(dataset, options.batch_size, sampler=sampler, drop_last=True, **common)
-            updates = sampler.length // total_batch
 
-    dist_eval = options.dist_eval and processes.distributed
-    eval_batch = int(1.5 * options.batch_size)
-    val_batches = 0  # unknown
-    if isinstance(val_source, IterableDataset):
-        val_source.transform = eval_transform(options)
+def _load_stream(
+    source: Stream, numbers: list[int] | None, options: Options, processes: Processes, device: torch.device
+) -> tuple[DataLoader, int]:
+    """The same of a stream; all processes take as many workers and images."""
+    workers = min(gather_objects(source.usable_workers(_usable_workers(options), processes), processes))
+    source.split(processes, workers)
+    source.transform, source.numbers = train_transform(options), numbers
+    source.max_pixels = options.max_image_pixels
+    lengths = gather_objects(len(source), processes)  # timm's readers count this process's share alone
+    if len(set(lengths)) > 1:
+        raise UsageError(f"--data_set {options.data_set} is not the same on all machines: shares of {lengths} images")
+    updates = lengths[0] // (options.batch_size * options.accum_steps)
+    if updates == 0:
+        raise UsageError(f"--data_set {options.data_set} does not fill one batch; lower --batch_size")
+    generator = torch.Generator().manual_seed(unite_seeds(options.seed, processes.rank))
+    settings = _loader_settings(options, device, workers)
+    return DataLoader(source, options.batch_size, drop_last=True, generator=generator, **settings), updates
+
+
+def _load_test(
+    source: Dataset, numbers: list[int] | None, options: Options, processes: Processes, device: torch.device
+) -> tuple[DataLoader, bool]:
+    """The evaluation loader, and whether each process evaluates its own share."""
+    workers = _usable_workers(options)
+    if isinstance(source, IterableDataset):
         # Split among processes, timm's streams may leave images out or repeat them: each process reads them all.
-        val_source.reader.dist_rank, val_source.reader.dist_num_replicas = 0, 1
-        val_source.set_loader_cfg(num_workers=workers)
-        val, dist_eval = DataLoader(val_source, eval_batch, **common), False
-    else:
-        sampler = EvalSampler(len(val_source), processes, split=dist_eval)
-        dataset = Transformed(val_source, eval_transform(options), options.seed)
-        val = DataLoader(dataset, batch_sampler=BatchSampler(sampler, eval_batch, drop_last=False), **common)
-        smallest_share = len(val_source) // (processes.world_size if dist_eval else 1)
-        val_batches = -(-smallest_share // eval_batch)
-    return Data(train, val, num_classes, classes, updates, total_batch, dist_eval, val_batches)
+        source.split(Processes(), workers)
+        source.transform, source.numbers = eval_transform(options), numbers
+        source.max_pixels = options.max_image_pixels
+        return DataLoader(source, _eval_batch(options), **_loader_settings(options, device, workers)), False
+    split = options.dist_eval and processes.distributed
+    sampler = BatchSampler(EvalSampler(len(source), processes, split), _eval_batch(options), drop_last=False)
+    dataset = Transformed(source, eval_transform(options), options.seed, numbers, options.max_image_pixels)
+    return DataLoader(dataset, batch_sampler=sampler, **_loader_settings(options, device, workers)), split
+
+
+def _eval_batch(options: Options) -> int:
+    return int(1.5 * options.batch_size)
 
 
 def ignore_stop_signals(worker: int) -> None:

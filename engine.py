@@ -16,7 +16,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from errors import NonFiniteLoss
+from errors import NonFiniteLoss, UsageError
 from models.pixels import Pixels, normalize
 from utils import Processes, all_reduce_sum, seed_everything
 
@@ -183,8 +183,11 @@ def train_one_epoch(
     batches = iter(batches)
     for update in range(start, updates):
         group = list(islice(batches, stepper.accum_steps))
-        if len(group) < stepper.accum_steps:  # a stream may hold fewer images than it announced
-            break
+        if len(group) < stepper.accum_steps:
+            raise UsageError(
+                f"the training data ended after {update} of epoch {epoch + 1}'s {updates} updates: "
+                "it holds fewer images than it says; correct the count, or write its shards anew"
+            )
         loss = stepper.step(group, epoch, update, meter)
         if after_update(update, loss):
             return False
@@ -230,6 +233,8 @@ def evaluate(
     if split:
         all_reduce_sum(sums, processes)
     correct1, correct5, loss, images = sums.tolist()
+    if not images:
+        raise UsageError("there are no images to evaluate on")
     return {
         "acc1": 100 * correct1 / images,
         "acc5": 100 * correct5 / images,

@@ -14,9 +14,20 @@ class UsageError(ValueError):
     """Something the user gave is wrong. The message names it and the remedy; the exit code is 2."""
 
     def __init__(self, message: str) -> None:
-        # A DataLoader worker re-raises with its traceback as the message: keep the sentence meant for the user.
-        sentence = message.rsplit("UsageError: ", 1)[-1].strip()
-        super().__init__(printable(" ".join(sentence.splitlines()), most=2000))
+        super().__init__(_sentence(message, "UsageError"))
+
+
+class TryAgain(RuntimeError):
+    """Something outside failed for now, such as storage: the same command may succeed later. The exit code is 75."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_sentence(message, "TryAgain"))
+
+
+def _sentence(message: str, kind: str) -> str:
+    # A DataLoader worker re-raises with its traceback as the message: keep the sentence meant for the user.
+    sentence = message.rsplit(f"{kind}: ", 1)[-1].strip()
+    return printable(" ".join(sentence.splitlines()), most=2000)  # names in a damaged file may hold line breaks
 
 
 class NonFiniteLoss(RuntimeError):
@@ -34,7 +45,7 @@ class Stopped(RuntimeError):
         self.signals = frozenset(signals)
 
 
-EXIT_CODES = {UsageError: 2, NonFiniteLoss: 1, Stopped: 75}
+EXIT_CODES = {UsageError: 2, NonFiniteLoss: 1, Stopped: 75, TryAgain: 75}
 """75 is EX_TEMPFAIL: try again. Exceptions of other modules may bring their own as `exit_code`."""
 
 NOT_UTF8 = re.compile("[\udc80-\udcff]")

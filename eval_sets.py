@@ -5,16 +5,15 @@ count. v2 (arXiv 1902.10811): folders 0 to 999. a (arXiv 1907.07174), r (arXiv 2
 the answer is sought among these alone. sketch (arXiv 1905.13549): folders of all synsets.
 """
 
+from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
 
 import torch
-from PIL import Image
 from timm.data import ImageNetInfo, RealLabelsImagenet
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS, make_dataset
 
-from datasets import ImageFiles
+from datasets import ImageFiles, find_images
 from errors import UsageError, listed
 from options import Options
 
@@ -31,7 +30,7 @@ VALIDATION_IMAGES = 50_000
 class EvalSet(ImageFiles):
     """Images with ImageNet's class numbers. among: the numbers among which the answer is sought; None: all."""
 
-    def __init__(self, samples: list[tuple[str, int]], among: list[int] | None = None) -> None:
+    def __init__(self, samples: Iterable[tuple[str, int]], among: list[int] | None = None) -> None:
         super().__init__(samples, ImageNetInfo().label_names())
         self.among = among
 
@@ -40,13 +39,14 @@ class RealImages(EvalSet):
     """Images with several right classes each: targets (1000,) float32, of equal shares that sum to 1."""
 
     def __init__(self, samples: list[tuple[str, list[int]]]) -> None:
-        super().__init__(samples)
+        super().__init__((path, number) for number, (path, _) in enumerate(samples))
+        self.labels = [labels for _, labels in samples]
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, Tensor]:
-        image, numbers = super().__getitem__(index)
+    def __getitem__(self, index: int) -> tuple[str, Tensor]:
+        labels = self.labels[index]
         target = torch.zeros(len(self.classes))
-        target[numbers] = 1 / len(numbers)
-        return image, target
+        target[labels] = 1 / len(labels)
+        return self.paths[index], target
 
 
 def open_eval_set(options: Options) -> EvalSet:
@@ -87,10 +87,10 @@ def _folders_of_classes(name: str, folder: Path) -> EvalSet:
     if not found or unknown:
         hint = "it has no class folders" if not found else f"{unknown[0]} is no class of it"
         raise UsageError(f"{folder} is not {TITLES[name]}: {hint}; --data_path is the folder that holds n01498041, …")
-    samples = make_dataset(str(folder), {entry: known[entry] for entry in found}, IMG_EXTENSIONS, allow_empty=True)
-    if not samples:
+    images = EvalSet(find_images(folder, {entry: known[entry] for entry in found}), among)
+    if not len(images):
         raise UsageError(f"{folder}: its class folders hold no images; unpack {TITLES[name]} anew")
-    return EvalSet(samples, among)
+    return images
 
 
 def _synsets_of(name: str) -> list[str]:

@@ -15,7 +15,7 @@ import timm
 import torch
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
-from timm.data import Mixup
+from timm.data import ImageNetInfo, Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.scheduler.scheduler import Scheduler
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from engine import LossMeter, Precision, Stepper, check_weights, evaluate, train
 from errors import Stopped, UsageError, did_you_mean, exit_on_error
 from eval_sets import TITLES, open_eval_set
 from models.arguments import check_arguments
+from models.labels import class_names
 from models.pixels import Teacher
 from models.weights import (
     WeightsError,
@@ -71,19 +72,23 @@ def run(options: Options) -> dict[str, Any]:
 
 def evaluate_only(options: Options, processes: Processes, device: torch.device) -> dict[str, Any]:
     """Accuracy of a checkpoint, or of an untrained model."""
-    other = None if options.eval_set == "val" else open_eval_set(options)
-    data = build_data(options, processes, device, other)
+    other = None if options.eval_set == "val" else utils.tell(lambda: open_eval_set(options), processes)
+    content = load_checkpoint(options.resume) if options.resume else {}
+    trained = class_names(content)
+    if other and trained and trained != other.classes:
+        raise UsageError(f"--eval_set {options.eval_set} has ImageNet's 1000 classes, {options.resume} others")
+    data = build_data(options, processes, device, other, trained)
     model = build_model(options, data.num_classes)
     if options.load_release:
         path = release_of(options, model)
         load_weights(model, checkpoint_filter_fn(read_weights(options, path), model), path)
     elif options.resume:
-        content = load_checkpoint(options.resume)
         weights = checkpoint_filter_fn(weights_of(content, options.resume, options.use_ema), model)
         load_weights(model, weights, options.resume)
         if processes.is_main:
             tell(inert_notes(options))
             tell_other_images(options, options_of(content))
+            tell_unnamed_classes(options, trained, data)
     elif processes.is_main:
         print("Neither --resume nor --load_release given: these are untrained weights")
     if options.fuse:
@@ -112,17 +117,33 @@ def tell(notes: list[str]) -> None:
         print(f"note: {note}", file=sys.stderr, flush=True)
 
 
+def tell_unnamed_classes(options: Options, trained: list[str], data: Data) -> None:
+    """Print that classes are compared by number, where the checkpoint or the data does not name them."""
+    if data.named and (trained or data.classes == ImageNetInfo().label_names()):
+        return
+    if data.named or trained:
+        nameless = options.resume if data.named else f"--data_set {options.data_set}"
+        print(f"note: {nameless} does not name its classes: they go by number", file=sys.stderr, flush=True)
+
+
 def train(options: Options, processes: Processes, device: torch.device) -> dict[str, Any]:
     """Train up to `options.epochs` epochs, from scratch or from a checkpoint, evaluating after each."""
     say = print if processes.is_main else lambda *words: None
     folder = run_folder(options, processes)
     resumed = checkpoint_to_resume(options, folder)
 
-    data = build_data(options, processes, device)
+    tuned = load_checkpoint(options.finetune) if options.finetune and resumed is None else {}
+    trained = class_names(resumed[0] if resumed else tuned)
+    if options.load_release and resumed is None:
+        trained = ImageNetInfo().label_names()
+    data = build_data(options, processes, device, trained=trained)
     model = build_model(options, data.num_classes)
     if resumed is None and (options.finetune or options.load_release):
         path = options.finetune or release_of(options, model)
-        fresh = load_to_finetune(model, read_weights(options, path), path)
+        weights = weights_of(tuned, path, options.use_ema) if tuned else read_weights(options, path)
+        if trained and data.classes and trained != data.classes:
+            weights = without_classifier(model, weights)
+        fresh = load_to_finetune(model, weights, path)
         say(f"Fine-tuning from {path}" + (f"; newly initialised: {', '.join(fresh)}" if fresh else ""))
     model.to(device, memory_format=torch.channels_last)
     ema = build_ema(model, options)
@@ -377,6 +398,13 @@ def release_of(options: Options, model: nn.Module) -> Path:
 def read_weights(options: Options, path: str | Path) -> dict[str, Tensor]:
     """The weights in a checkpoint, or with --use_ema their average."""
     return weights_of(load_checkpoint(path), path, options.use_ema)
+
+
+def without_classifier(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights that do not belong to the classifier, which was trained on other classes."""
+    classifier = model.default_cfg.get("classifier") or "head"
+    prefixes = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
+    return {name: value for name, value in weights.items() if not name.startswith(prefixes)}
 
 
 def distribute(model: nn.Module, processes: Processes, options: Options, precision: Precision) -> nn.Module:

@@ -330,6 +330,7 @@ class DataOptions:
         choices=("val", "real", "v2", "a", "r", "sketch"),
     )
     num_classes: int | None = option(None, "classes of the classifier; null: as many as the data has", at_least=1)
+    max_image_pixels: int = option(100_000_000, "larger images end the run before they are decoded", at_least=1)
     train_split: str = option("train", "training split of a timm dataset")
     val_split: str = option("validation", "evaluation split of a timm dataset")
     inat_category: str = option(

@@ -7,18 +7,21 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import IntEnum
 from types import FrameType
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from errors import Stopped, UsageError
+from errors import Stopped, TryAgain, UsageError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def process_group(processes: Processes, device: torch.device, dist_url: str, tim
     dist.init_process_group(backend, timeout=timeout, world_size=processes.world_size, rank=processes.rank, **place)
     try:
         yield
-    except Stopped:
+    except (Stopped, TryAgain):
         raise
     except RuntimeError as error:
         # A process that died takes its peers' collective operations down. It has its traceback printed, and the
@@ -132,6 +135,31 @@ def broadcast_object(value: object, processes: Processes) -> object:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def tell(compute: Callable[[], T], processes: Processes) -> T:
+    """What `compute` gives on the main process, told to all. A UsageError of it is raised on every process."""
+    if not processes.distributed:
+        return compute()
+    answer: Any = None
+    if processes.is_main:
+        try:
+            answer = compute()
+        except (UsageError, TryAgain) as error:
+            answer = error
+    answer = broadcast_object(answer, processes)
+    if isinstance(answer, UsageError | TryAgain):
+        raise answer
+    return answer
+
+
+def gather_objects(value: T, processes: Processes) -> list[T]:
+    """Every process's `value`, on every process, by rank."""
+    if not processes.distributed:
+        return [value]
+    values: list[Any] = [None] * processes.world_size
+    dist.all_gather_object(values, value)
+    return values
 
 
 def all_reduce_sum(values: Tensor, processes: Processes) -> Tensor:

@@ -9,13 +9,24 @@ from timm.data import ImageNetInfo
 from .weights.errors import printable
 
 
+def class_names(checkpoint: Mapping[str, Any]) -> list[str]:
+    """The class names in a checkpoint; [] if it has none, or only the stand-ins of `labels_of`."""
+    classes = checkpoint.get("classes")
+    named = isinstance(classes, list | tuple) and all(isinstance(name, str | int) for name in classes)
+    names = list(map(str, classes)) if named else []
+    return [] if names == _stand_ins(len(names)) else names
+
+
 def labels_of(checkpoint: Mapping[str, Any], num_classes: int) -> list[str]:
     """The class names in a checkpoint; where it has none that fit, ImageNet's synsets for 1000 classes, or numbers."""
-    classes = checkpoint.get("classes")
-    named = isinstance(classes, list | tuple) and all(isinstance(label, str | int) for label in classes)
-    if named and len(classes) == num_classes:
-        return [printable(label, most=1000) for label in classes]
-    return ImageNetInfo().label_names() if num_classes == 1000 else [f"class {i}" for i in range(num_classes)]
+    names = class_names(checkpoint)
+    if len(names) == num_classes:
+        return [printable(name, most=1000) for name in names]
+    return ImageNetInfo().label_names() if num_classes == 1000 else _stand_ins(num_classes)
+
+
+def _stand_ins(count: int) -> list[str]:
+    return [f"class {number}" for number in range(count)]
 
 
 @cache

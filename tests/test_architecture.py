@@ -76,6 +76,11 @@ def test_models_import_only_ops(path):
     assert imports_of_project(path) <= {"ops"}
 
 
+@pytest.mark.parametrize("path", files_in("runtime"), ids=str)
+def test_runtime_imports_only_what_lies_below(path):
+    assert imports_of_project(path) <= {"errors", "options", "utils"}
+
+
 @pytest.mark.parametrize("name", BELOW_MAIN)
 def test_modules_below_main_never_import_a_run(name):
     assert imports_of_project(Path(f"{name}.py")) & RUN_MODULES == set()
@@ -83,7 +88,7 @@ def test_modules_below_main_never_import_a_run(name):
 
 @pytest.mark.parametrize("path", files_in("visualize"), ids=str)
 def test_visualize_imports_only_models_and_what_lies_below(path):
-    assert imports_of_project(path) <= {"datasets", "errors", "models", "ops"}
+    assert imports_of_project(path) <= {"datasets", "errors", "models", "ops", "runtime"}
 
 
 def test_only_main_and_benchmarks_import_visualize():

@@ -91,8 +91,8 @@ def test_a_and_r_are_not_the_same_classes(tmp_path):
 def test_real_takes_any_of_its_labels_and_leaves_out_images_without(tmp_path, accuracy, place):
     """The first validation image has no label, the next two have two each."""
     validation_images(tmp_path / "in1k" / place, [1, 2, 3])
-    samples = dict(open_eval_set(Options(eval_set="real", data_path=str(tmp_path / "in1k"))).samples)
-    assert {Path(path).name[-7:]: labels for path, labels in samples.items()} == {
+    images = open_eval_set(Options(eval_set="real", data_path=str(tmp_path / "in1k")))
+    assert {Path(path).name[-7:]: labels for path, labels in zip(images.paths, images.labels, strict=True)} == {
         "02.JPEG": [970, 795],
         "03.JPEG": [230, 231],
     }

@@ -24,7 +24,7 @@ def predict(
 
     Synsets are given by what they mean. UsageError for a file that is no image, and for a size the model cannot take.
     """
-    images = Transformed(ImageFiles([(path, 0) for path in paths], []), eval_transform(loaded.options), seed=0)
+    images = Transformed(ImageFiles(((path, 0) for path in paths), []), eval_transform(loaded.options), seed=0)
     model, pixels = loaded.model.to(device), pixels_for(loaded.options)
     for number, path in enumerate(paths):
         image, _ = images[Key(number)]
