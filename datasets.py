@@ -320,6 +320,7 @@ class Data:
     """What a run needs to know of its data. train: None when only evaluating; images are (B, 3, S, S) uint8.
 
     updates: optimizer updates per epoch; total_batch: images per update over all processes.
+    images: how many there are to train on; None in a stream.
     dist_eval: each process evaluates its own share; val_batches: batches that every process has at least.
     """
 
@@ -331,6 +332,7 @@ class Data:
     total_batch: int
     dist_eval: bool
     val_batches: int
+    images: int | None = None
 
     @property
     def epoch_images(self) -> int:
@@ -415,7 +417,8 @@ def build_data(
         val = DataLoader(dataset, batch_sampler=BatchSampler(sampler, eval_batch, drop_last=False), **common)
         smallest_share = len(val_source) // (processes.world_size if dist_eval else 1)
         val_batches = -(-smallest_share // eval_batch)
-    return Data(train, val, num_classes, classes, updates, total_batch, dist_eval, val_batches)
+    images = None if train is None or isinstance(train_source, IterableDataset) else len(train_source)
+    return Data(train, val, num_classes, classes, updates, total_batch, dist_eval, val_batches, images)
 
 
 def ignore_stop_signals(worker: int) -> None:

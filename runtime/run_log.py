@@ -23,10 +23,10 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import BEST, LAST, TrainingState
 from datasets import Data
 from errors import UsageError
 from options import RECIPES, Options, to_plain
+from runtime.checkpoint import BEST, LAST, TrainingState
 from utils import Processes, count_parameters, format_seconds, peak_memory
 
 POINTS_PER_EPOCH = 1000
@@ -245,8 +245,9 @@ def show_notices(processes: Processes) -> None:
 
 @_writing()
 def write_options(options: Options, folder: Path) -> None:
-    """options.yaml: every option of the run."""
-    (folder / "options.yaml").write_text(yaml.safe_dump(to_plain(options), sort_keys=False))
+    """options.yaml: every option of the run, as a recipe that goes on with it."""
+    values = {**to_plain(options), "output_dir": str(folder)}
+    (folder / "options.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
 
 
 def report(metrics: dict[str, Any], processes: Processes, prefix: str = "") -> None:
