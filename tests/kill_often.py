@@ -12,6 +12,7 @@ With --results, what is done is kept there, and the same command goes on with th
 
 import argparse
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -41,9 +42,9 @@ from options import parse_args  # noqa: E402
 from runtime.checkpoint import LAST, TEMPORARY, load_latest, place_of  # noqa: E402
 from samplers import Key  # noqa: E402
 
-TOTAL_BATCH, EPOCHS, IMAGES_PER_CLASS = 12, 6, 24
+TOTAL_BATCH, EPOCHS, IMAGES_PER_CLASS = 12, 3, 12
 PHASES = ("starting", "training", "writing", "training")
-TIMEOUT = 900
+TIMEOUT = 3600
 COMMON = [
     *("--input_size", "32", "--epochs", str(EPOCHS), "--warmup_epochs", "1", "--model_ema_decay", "0.9"),
     *("--device", "cpu", "--num_workers", "0", "--no_repeated_aug", "--print_freq", "3"),
@@ -122,6 +123,7 @@ class Launch:
             datasets.Transformed = Recorded
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
             exit_on_error("main.py", lambda: program.run(parse_args(argv)))
+            self.log.with_name("modules").write_text("\n".join(sys.modules))
             code = 0
         except SystemExit as end:
             code = end.code
@@ -133,8 +135,13 @@ class Launch:
 
     def running(self) -> bool:
         for rank in self.ranks:
-            if rank not in self.codes and os.waitpid(rank, os.WNOHANG)[0]:
-                self.codes[rank] = 0
+            if rank not in self.codes:
+                ended, status = os.waitpid(rank, os.WNOHANG)
+                if ended:
+                    self.codes[rank] = status
+        if any(self.codes.values()):
+            self.kill(random.Random())
+            raise RuntimeError(f"a process failed:\n{self.log.read_text()}")
         if time.monotonic() - self.began > TIMEOUT:
             self.kill(random.Random())
             raise RuntimeError(f"no end after {TIMEOUT} s:\n{self.log.read_text()}")
@@ -154,11 +161,12 @@ class Launch:
     def has_begun(self) -> bool:
         return self.images.stat().st_size > 0
 
-    def keys(self) -> Iterator[tuple[tuple[int, int], int]]:
-        """((epoch, position), index) of the images that were read."""
-        for line in self.images.read_text().splitlines():
-            epoch, position, index = map(int, line.split())
-            yield (epoch, position), index
+
+def images_read(file: Path) -> Iterator[tuple[tuple[int, int], int]]:
+    """((epoch, position), index) of the images that the processes of a start have read."""
+    for line in file.read_text().splitlines():
+        epoch, position, index = map(int, line.split())
+        yield (epoch, position), index
 
 
 def is_writing(folder: Path) -> bool:
@@ -176,6 +184,13 @@ def train(kind: Kind, root: Path) -> Launch:
     check_finished(launch, root / "run")
     kind.whole, kind.seconds = root, (first, time.monotonic() - launch.began)
     return launch
+
+
+def import_again(modules: Path) -> None:
+    """Import what a training has imported, so that those forked from here need no more time for it."""
+    for name in modules.read_text().splitlines():
+        with contextlib.suppress(Exception):
+            importlib.import_module(name)
 
 
 def check_finished(launch: Launch, folder: Path) -> None:
@@ -212,6 +227,7 @@ def wait_to_kill(kind: Kind, launch: Launch, folder: Path, phase: str, chance: r
         while not is_writing(folder):
             if not launch.running():
                 return False
+            time.sleep(0.0003)
         time.sleep(chance.uniform(0, 0.01))
     return launch.running()
 
@@ -238,8 +254,8 @@ def train_with_kills(kind: Kind, root: Path, most: int, seed: int) -> list[dict]
         places.append(place)
     trained = []
     for launch, begin, end in zip(launches, places, [*places[1:], (EPOCHS, 0)], strict=True):
-        trained += [key for key in launch.keys() if begin <= key[0] < end]
-    if sorted(trained) != sorted(Launch.keys(argparse.Namespace(images=kind.whole / "images.0"))):
+        trained += [image for image in images_read(launch.images) if begin <= image[0] < end]
+    if sorted(trained) != sorted(images_read(kind.whole / "images.0")):
         raise RuntimeError(f"other images were trained on than in the undisturbed run, see {root}")
     return kills
 
@@ -306,6 +322,8 @@ def main() -> int:
         earlier = [json.loads(line) for line in results.read_text().splitlines()]
         left = args.kills - sum(len(line["kills"]) for line in earlier)
         kinds = kinds_of(list(map(int, args.worlds.split(","))))
+        train(kinds[0], root / "first")
+        import_again(root / "first" / "modules")
         for number, kind in enumerate(kinds):
             train(kind, root / f"whole{number}")
         jobs = []
@@ -324,7 +342,8 @@ def main() -> int:
         failed = [job for job in jobs if os.waitpid(job, 0)[1]]
         lines = [json.loads(line) for line in results.read_text().splitlines()]
     print(summary(lines))
-    print(f"{sum(len(line['kills']) for line in lines)} kills; {'FAILED' if failed else 'every training ended as it should'}")
+    kills = sum(len(line["kills"]) for line in lines)
+    print(f"{kills} kills; {'FAILED' if failed else 'every training ended as it should'}")
     return 1 if failed else 0
 
 
