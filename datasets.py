@@ -31,13 +31,14 @@ from errors import TryAgain, UsageError, listed
 from models.pixels import Pixels, pixels_of
 from models.weights.sources import cache_folder
 from options import Options
+from runtime.agreement import decide, gather
 from runtime.images import MAX_PIXELS, ImageRefused, open_rgb
 from runtime.packed import PackedPaths
 from runtime.storage import read_patiently
 from runtime.streams import Stream
 from runtime.tar import TarFiles
 from samplers import EvalSampler, Key, TrainSampler
-from utils import Processes, Requests, gather_objects, seeded, tell, unite_seeds
+from utils import Processes, Requests, seeded, unite_seeds
 
 # -- sources: map-style datasets of (path, open file or PIL image; class number) with `classes` and `name_of(index)` ---
 
@@ -396,6 +397,7 @@ class Data:
 
     named: whether the images' source names its classes.
     updates: optimizer updates per epoch; total_batch: images per update over all processes.
+    images: how many there are to train on; None in a stream.
     dist_eval: each process evaluates its own share; val_batches: batches that every process has at least.
     """
 
@@ -407,6 +409,7 @@ class Data:
     total_batch: int
     dist_eval: bool
     val_batches: int
+    images: int | None = None
     named: bool = True
 
     @property
@@ -469,13 +472,14 @@ def build_data(
     if not isinstance(val_source, IterableDataset):
         smallest_share = len(val_source) // (processes.world_size if split else 1)
         val_batches = -(-smallest_share // _eval_batch(options))
-    return Data(train, val, num_classes, classes, updates, total_batch, split, val_batches, bool(found))
+    images = None if train is None or isinstance(train_source, IterableDataset) else len(train_source)
+    return Data(train, val, num_classes, classes, updates, total_batch, split, val_batches, images, bool(found))
 
 
 def _sources(options: Options, processes: Processes) -> tuple[Dataset, Dataset]:
     if options.data_set not in LISTED:
         return open_sources(options)
-    return tell(lambda: read_patiently(lambda: open_sources(options), f"--data_path {options.data_path}"), processes)
+    return decide(lambda: read_patiently(lambda: open_sources(options), f"--data_path {options.data_path}"), processes)
 
 
 def _choose_classes(options: Options, found: Sequence[str], trained: list[str]) -> list[str]:
@@ -543,11 +547,11 @@ def _load_stream(
     source: Stream, numbers: list[int] | None, options: Options, processes: Processes, device: torch.device
 ) -> tuple[DataLoader, int]:
     """The same of a stream; all processes take as many workers and images."""
-    workers = min(gather_objects(source.usable_workers(_usable_workers(options), processes), processes))
+    workers = min(gather(source.usable_workers(_usable_workers(options), processes), processes))
     source.split(processes, workers)
     source.transform, source.numbers = train_transform(options), numbers
     source.max_pixels = options.max_image_pixels
-    lengths = gather_objects(len(source), processes)  # timm's readers count this process's share alone
+    lengths = gather(len(source), processes)  # timm's readers count this process's share alone
     if len(set(lengths)) > 1:
         raise UsageError(f"--data_set {options.data_set} is not the same on all machines: shares of {lengths} images")
     updates = lengths[0] // (options.batch_size * options.accum_steps)

@@ -1,32 +1,36 @@
-"""One epoch of training, and evaluation. Nothing here writes files or knows of options.
+"""A training, one epoch, one update of it, and evaluation. Nothing here knows of options.
 
 Images come as uint8; normalisation, random erasing and mixing happen on the device.
 """
 
+import functools
+import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from timm.data import Mixup
 from timm.data.random_erasing import RandomErasing
+from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from errors import NonFiniteLoss, UsageError
+from datasets import Data
+from errors import Stopped, UsageError
 from models.pixels import Pixels, normalize
-from utils import Processes, all_reduce_sum, seed_everything
+from runtime.checkpoint import TrainingState, build_checkpoint
+from runtime.meters import LossMeter, check_weights
+from runtime.run_folder import RunFolder
+from runtime.run_log import Progress
+from utils import Processes, Request, Requests, all_reduce_sum, count_parameters, seed_everything, share_buffers
 
-DIVERGED = "the last good checkpoint is kept. Try a lower --lr, --clip_grad 5 or --amp bf16"
-
-
-def check_weights(model: nn.Module, epoch: int) -> None:
-    """NonFiniteLoss if an update of this epoch made a parameter infinite or NaN. Waits for the device."""
-    if not torch.stack([parameter.detach().isfinite().all() for parameter in model.parameters()]).all():
-        raise NonFiniteLoss(f"the weights are not finite after an update of epoch {epoch + 1}; {DIVERGED}")
+if TYPE_CHECKING:
+    from visualize.insight import Watcher
 
 
 @dataclass
@@ -43,59 +47,8 @@ class Precision:
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)
 
 
-class LossMeter:
-    """Mean of an epoch's losses, kept on the device so that adding to it waits for nothing."""
-
-    def __init__(self, device: torch.device, processes: Processes) -> None:
-        self.processes = processes
-        dtype = torch.float32 if device.type == "mps" else torch.float64
-        self.sums = torch.zeros(2, dtype=dtype, device=device)  # of losses, and how many
-        self.first_bad = torch.full((), -1, device=device)
-        self.gathered: list[list[float]] = []
-
-    def reset(self) -> None:
-        self.sums.zero_()
-        self.first_bad.fill_(-1)
-
-    def state_dict(self) -> dict[str, list[list[float]]]:
-        """What `gather` collected."""
-        return {"sums": self.gathered}
-
-    def load_state_dict(self, state: dict[str, list[list[float]]]) -> None:
-        """Each process takes its own sums; among another number of processes, the main one takes all."""
-        self.reset()
-        rows = torch.tensor(state["sums"], dtype=self.sums.dtype)
-        if len(rows) == self.processes.world_size:
-            self.sums.copy_(rows[self.processes.rank])
-        elif self.processes.is_main:
-            self.sums.copy_(rows.sum(0))
-
-    def add(self, loss: Tensor, update: int) -> None:
-        loss = loss.detach()
-        self.sums += torch.stack([loss, torch.ones_like(loss)])
-        bad = ~torch.isfinite(loss) & (self.first_bad < 0)
-        self.first_bad = torch.where(bad, update, self.first_bad)
-
-    def check(self, epoch: int) -> None:
-        """NonFiniteLoss if any loss so far was not finite. Waits for the device."""
-        bad = int(self.first_bad.item())
-        if bad >= 0:
-            raise NonFiniteLoss(f"the loss is not finite at epoch {epoch + 1}, update {bad + 1}; {DIVERGED}")
-
-    def gather(self) -> None:
-        """Collect the sums of all processes, for the state dict. Waits for the device."""
-        rows = self.sums.new_zeros(self.processes.world_size, 2)
-        rows[self.processes.rank] = self.sums
-        self.gathered = all_reduce_sum(rows, self.processes).tolist()
-
-    def average(self) -> float:
-        """Mean loss over all updates and processes."""
-        total, count = all_reduce_sum(self.sums.clone(), self.processes).tolist()
-        return total / count
-
-
 @dataclass
-class Stepper:
+class TrainStep:
     """One optimizer update at a time. Every random number is a function of (seed, epoch, update, process).
 
     model: on its device, wrapped for distributed training if it is distributed; loss_fn(images, logits, targets).
@@ -165,7 +118,7 @@ def to_device(images: Tensor, targets: Tensor, device: torch.device, pixels: Pix
 
 
 def train_one_epoch(
-    stepper: Stepper,
+    step: TrainStep,
     batches: Iterable[tuple[Tensor, Tensor]],
     meter: LossMeter,
     *,
@@ -179,16 +132,16 @@ def train_one_epoch(
     batches: (images (B, 3, S, S) uint8, classes (B,)), starting with those of update `start`.
     after_update(update, loss): called after each update; training stops there if it returns true.
     """
-    stepper.model.train(stepper.train_mode)
+    step.model.train(step.train_mode)
     batches = iter(batches)
     for update in range(start, updates):
-        group = list(islice(batches, stepper.accum_steps))
-        if len(group) < stepper.accum_steps:
+        group = list(islice(batches, step.accum_steps))
+        if len(group) < step.accum_steps:
             raise UsageError(
                 f"the training data ended after {update} of epoch {epoch + 1}'s {updates} updates: "
                 "it holds fewer images than it says; correct the count, or write its shards anew"
             )
-        loss = stepper.step(group, epoch, update, meter)
+        loss = step.step(group, epoch, update, meter)
         if after_update(update, loss):
             return False
     return True
@@ -241,3 +194,138 @@ def evaluate(
         "loss": loss / images,
         "images": int(images),
     }
+
+
+@dataclass
+class Run:
+    """A training, from the place where its state stands to its last epoch. Every process calls the same methods.
+
+    evaluate(model, after_batch): an evaluation's figures; after_batch as the function `evaluate` takes it.
+    report(figures, prefix): prints them. metric: which of them is best when it is highest.
+    epochs: how many there are in all. checkpoint_minutes: also save so often; 0: only after epochs.
+    watcher, watch_every: what looks at the attention after every so many epochs, on the main process.
+    how_to_go_on: what the user is told when signals have ended the run.
+    """
+
+    step: TrainStep
+    scheduler: Scheduler
+    state: TrainingState
+    data: Data
+    folder: RunFolder
+    progress: Progress
+    evaluate: Callable[[nn.Module, Callable[[int], None]], dict[str, float]]
+    report: Callable[[dict[str, float], str], None]
+    epochs: int
+    metric: str = "acc1"
+    checkpoint_minutes: float = 0
+    watcher: "Watcher | None" = None
+    watch_every: int = 0
+    how_to_go_on: str = ""
+    saved_at: float = field(default_factory=time.monotonic, init=False)
+
+    def train(self) -> None:
+        """Train and evaluate the epochs that are left. Stopped if a signal ended that early."""
+        with Requests(self.step.processes) as self.requests:
+            if not self.state.evaluated:
+                self.scheduler.step(self.state.epoch - 1)
+                self.finish_epoch(self.state.epoch - 1, time.monotonic())
+            for epoch in range(self.state.epoch, self.epochs):
+                started = time.monotonic()
+                self.train_epoch(epoch)
+                self.finish_epoch(epoch, started)
+
+    def train_epoch(self, epoch: int) -> None:
+        """Train the rest of an epoch, and save."""
+        state, data = self.state, self.data
+        self.scheduler.step(epoch)
+        start = data.place(epoch, state.position)
+        if start == 0:
+            state.meter.reset()
+        self.progress.start_epoch(epoch, start)
+        finished = train_one_epoch(
+            self.step,
+            data.train,
+            state.meter,
+            epoch=epoch,
+            start=start,
+            updates=data.updates,
+            after_update=functools.partial(self.on_step, epoch),
+        )
+        self.progress.end_epoch()
+        if not finished:
+            raise self._stopped()
+        state.meter.check(epoch)
+        self.save(epoch + 1, 0, evaluated=False)  # so that a run killed while it evaluates loses nothing
+
+    def on_step(self, epoch: int, update: int, loss: Tensor) -> bool:
+        """Tell the progress, and save if it is time or asked for. Returns whether to stop."""
+        state, rate = self.state, self._rate()
+        if self.progress.due(update):
+            loss = all_reduce_sum(loss, self.step.processes) / self.step.processes.world_size
+        self.progress.advance(update, loss, rate)
+        if self.progress.due(update):
+            state.meter.check(epoch)
+            state.history.train_point(epoch + (update + 1) / self.data.updates, loss.item(), rate)
+        overdue = 0 < 60 * self.checkpoint_minutes < time.monotonic() - self.saved_at
+        request = self.requests.agree(save=overdue and self.step.processes.is_main)
+        if request != Request.NOTHING:
+            state.meter.check(epoch)
+            if update + 1 < self.data.updates:
+                self.save(epoch, (update + 1) * self.data.total_batch)
+            else:
+                self.save(epoch + 1, 0, evaluated=False)
+        return request == Request.STOP
+
+    def finish_epoch(self, epoch: int, started: float) -> None:
+        """Evaluate an epoch's weights and their average, keep the best, write the log, and save."""
+        state = self.state
+        record = {"epoch": epoch, "train_loss": state.meter.average(), "train_lr": self._rate()}
+        for name, candidate in {"test": state.model, "test_ema": state.model_ema}.items():
+            if candidate is not None:
+                figures = self._figures_of(candidate)
+                self.report(figures, "averaged weights: " if name == "test_ema" else "")
+                record |= {f"{name}_{figure}": value for figure, value in figures.items() if figure != "images"}
+                self._keep_best(candidate, {**figures, "epoch": epoch, "weights": name.replace("test", "model")})
+        if self.watcher is not None and (epoch + 1) % self.watch_every == 0:
+            seen = self.watcher.look()
+            state.history.attention(seen.scalars, seen.pictures, epoch)
+        record["n_parameters"] = count_parameters(state.model)
+        record["seconds"] = round(time.monotonic() - started, 2)
+        state.history.end_epoch(record)
+        self.save(epoch + 1, 0)
+
+    def save(self, epoch: int, position: int, evaluated: bool = True) -> None:
+        """Write a checkpoint of this place in the run (see TrainingState). NonFiniteLoss if the weights are not."""
+        state = self.state
+        check_weights(state.model, epoch if position else epoch - 1)
+        state.meter.gather()
+        state.epoch, state.position, state.evaluated = epoch, position, evaluated
+        self.saved_at = time.monotonic()
+        if self.step.processes.is_main:
+            self.folder.save(build_checkpoint(state))
+
+    def _figures_of(self, candidate: nn.Module) -> dict[str, float]:
+        home = next(candidate.parameters()).device  # the average may live in host memory
+        candidate.to(self.step.precision.device)
+        share_buffers(candidate, self.step.processes)
+        figures = self.evaluate(candidate, self._after_batch)
+        candidate.to(home)
+        return figures
+
+    def _keep_best(self, candidate: nn.Module, figures: dict[str, Any]) -> None:
+        if figures[self.metric] > self.state.best[self.metric]:
+            self.state.best = figures
+            if self.step.processes.is_main:
+                self.folder.save_best(build_checkpoint(self.state, weights_only=candidate))
+
+    def _after_batch(self, number: int) -> None:
+        # The checkpoint is already written; evaluating is not worth the little time that a signal leaves.
+        if number < self.data.val_batches and self.requests.agree() == Request.STOP:
+            raise self._stopped()
+
+    def _rate(self) -> float:
+        return self.step.optimizer.param_groups[-1]["lr"]
+
+    def _stopped(self) -> Stopped:
+        message = f"stopped; checkpoint in {self.folder.path}. {self.how_to_go_on}"
+        return Stopped(message, self.requests.signals)

@@ -1,13 +1,9 @@
 """Train and evaluate: python main.py --help."""
 
 import contextlib
-import os
-import sys
-import tempfile
-import time
 import warnings
 from collections.abc import Iterator
-from datetime import datetime, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import models
 import utils
-from checkpoint import BEST, LAST, TrainingState, build_checkpoint, load_latest, save_checkpoint
 from datasets import Data, build_data, pixels_for, train_transform
-from engine import LossMeter, Precision, Stepper, check_weights, evaluate, train_one_epoch
-from errors import Stopped, UsageError, did_you_mean, exit_on_error
+from engine import Precision, Run, TrainStep, evaluate, unwrapped
+from errors import UsageError, did_you_mean, exit_on_error
 from eval_sets import TITLES, open_eval_set
 from models.arguments import check_arguments
 from models.labels import class_names
@@ -43,8 +38,13 @@ from models.weights import (
 from models.weights.releases import Places, find_release
 from optim_factory import build_ema, build_loss, build_optimizer, build_scheduler, check_training, training_notes
 from options import Options, inert_notes, mixing, parse_args, to_plain
-from run_log import Progress, RunLog, describe, report, show_notices, summarise, write_options
-from utils import Processes, Request, Requests
+from runtime.agreement import decide
+from runtime.checkpoint import TrainingState
+from runtime.meters import LossMeter
+from runtime.resume import find_checkpoint, go_on, how_to_go_on, name_folder, note, open_folder
+from runtime.run_folder import RunFolder
+from runtime.run_log import Progress, RunLog, describe, report, show_notices, summarise, write_options
+from utils import Processes
 
 if TYPE_CHECKING:
     from visualize.insight import Watcher
@@ -72,7 +72,7 @@ def run(options: Options) -> dict[str, Any]:
 
 def evaluate_only(options: Options, processes: Processes, device: torch.device) -> dict[str, Any]:
     """Accuracy of a checkpoint, or of an untrained model."""
-    other = None if options.eval_set == "val" else utils.tell(lambda: open_eval_set(options), processes)
+    other = None if options.eval_set == "val" else decide(lambda: open_eval_set(options), processes)
     content = load_checkpoint(options.resume) if options.resume else {}
     trained = class_names(content)
     if other and trained and trained != other.classes:
@@ -86,7 +86,6 @@ def evaluate_only(options: Options, processes: Processes, device: torch.device) 
         weights = checkpoint_filter_fn(weights_of(content, options.resume, options.use_ema), model)
         load_weights(model, weights, options.resume)
         if processes.is_main:
-            tell(inert_notes(options))
             tell_other_images(options, options_of(content))
             tell_unnamed_classes(options, trained, data)
     elif processes.is_main:
@@ -108,13 +107,7 @@ def tell_other_images(options: Options, trained: dict[str, Any]) -> None:
     names = [name for name in names if name in trained and trained[name] != getattr(options, name)]
     if names:
         there, here = (" ".join(f"--{n} {of[n]}" for n in names) for of in (trained, vars(options)))
-        tell([f"trained with {there}, evaluated with {here}"])
-
-
-def tell(notes: list[str]) -> None:
-    """Print what may be meant, or forgotten."""
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr, flush=True)
+        note(f"trained with {there}, evaluated with {here}")
 
 
 def tell_unnamed_classes(options: Options, trained: list[str], data: Data) -> None:
@@ -123,37 +116,72 @@ def tell_unnamed_classes(options: Options, trained: list[str], data: Data) -> No
         return
     if data.named or trained:
         nameless = options.resume if data.named else f"--data_set {options.data_set}"
-        print(f"note: {nameless} does not name its classes: they go by number", file=sys.stderr, flush=True)
+        note(f"{nameless} does not name its classes: they go by number")
 
 
 def train(options: Options, processes: Processes, device: torch.device) -> dict[str, Any]:
     """Train up to `options.epochs` epochs, from scratch or from a checkpoint, evaluating after each."""
-    say = print if processes.is_main else lambda *words: None
-    folder = run_folder(options, processes)
-    resumed = checkpoint_to_resume(options, folder)
+    path = name_folder(options.output_dir, options.model, processes)
+    with open_folder(RunFolder(path, options.save_every, options.keep), processes) as folder:
+        checkpoint = find_checkpoint(folder, options.resume, options.auto_resume, processes)
+        first = None if checkpoint else first_checkpoint(options)
+        trained = classes_before(options, checkpoint[0] if checkpoint else first)
+        data = build_data(options, processes, device, trained=trained)
+        model = build_model(options, data.num_classes)
+        if first is not None:
+            load_first_weights(options, model, first, other_classes=bool(data.classes) and trained != data.classes)
+        model.to(device, memory_format=torch.channels_last)
+        ema = build_ema(model, options)
+        if options.compile:
+            model.compile(dynamic=False)  # training and evaluation have few, fixed shapes
+        step = build_step(options, model, ema, data, processes, device)
+        state = build_state(options, step, data, folder)
+        scheduler = build_scheduler(step.optimizer, options)
+        if checkpoint is not None:
+            go_on(state, *checkpoint, folder, processes, midway=not data.streamed)
+            checkpoint = None  # it takes as much memory as the training does
+        run = build_run(options, step, scheduler, state, data, folder)
+        begin(options, run, device)
+        run.train()
+        return end(run)
 
-    tuned = load_checkpoint(options.finetune) if options.finetune and resumed is None else {}
-    trained = class_names(resumed[0] if resumed else tuned)
-    if options.load_release and resumed is None:
-        trained = ImageNetInfo().label_names()
-    data = build_data(options, processes, device, trained=trained)
-    model = build_model(options, data.num_classes)
-    if resumed is None and (options.finetune or options.load_release):
-        path = options.finetune or release_of(options, model)
-        weights = weights_of(tuned, path, options.use_ema) if tuned else read_weights(options, path)
-        if trained and data.classes and trained != data.classes:
-            weights = without_classifier(model, weights)
-        fresh = load_to_finetune(model, weights, path)
-        say(f"Fine-tuning from {path}" + (f"; newly initialised: {', '.join(fresh)}" if fresh else ""))
-    model.to(device, memory_format=torch.channels_last)
-    ema = build_ema(model, options)
-    if options.compile:
-        model.compile(dynamic=False)  # training and evaluation have few, fixed shapes
 
-    optimizer = build_optimizer(model, options, data.total_batch)
-    scheduler = build_scheduler(optimizer, options)
+# -- pieces of a run ----------------------------------------------------------------------------------------------
+
+
+def first_checkpoint(options: Options) -> dict[str, Any] | None:
+    """What --finetune names, or --load_release (which needs no reading yet: {}); None without either."""
+    return load_checkpoint(options.finetune) if options.finetune else {} if options.load_release else None
+
+
+def classes_before(options: Options, content: dict[str, Any] | None) -> list[str]:
+    """The names of the classes that the weights to start from were trained on; [] if nothing says."""
+    if content == {} and options.load_release:
+        return ImageNetInfo().label_names()
+    return class_names(content or {})
+
+
+def load_first_weights(options: Options, model: nn.Module, content: dict[str, Any], other_classes: bool) -> None:
+    """Start from the weights of --finetune or --load_release, without their classifier if it was for other classes."""
+    path = options.finetune or release_of(options, model)
+    weights = weights_of(content or load_checkpoint(path), path, options.use_ema)
+    fresh = load_to_finetune(model, without_classifier(model, weights) if other_classes else weights, path)
+    if utils.find_processes().is_main:
+        print(f"Fine-tuning from {path}" + (f"; newly initialised: {', '.join(fresh)}" if fresh else ""))
+
+
+def build_step(
+    options: Options,
+    model: nn.Module,
+    ema: ModelEmaV3 | None,
+    data: Data,
+    processes: Processes,
+    device: torch.device,
+) -> TrainStep:
+    """What updates the weights."""
     precision = precision_of(options, device)
-    stepper = Stepper(
+    optimizer = build_optimizer(model, options, data.total_batch)
+    return TrainStep(
         distribute(model, processes, options, precision),
         build_loss(options, build_teacher(options, data.num_classes, device)),
         optimizer,
@@ -169,171 +197,80 @@ def train(options: Options, processes: Processes, device: torch.device) -> dict[
         updates=data.updates,
         train_mode=not options.finetune_eval_mode,
     )
-    state = TrainingState(
-        model,
-        optimizer,
-        precision.scaler,
-        meter=LossMeter(device, processes),
-        history=RunLog(*log_folders(options, folder, processes)),
+
+
+def build_state(options: Options, step: TrainStep, data: Data, folder: RunFolder) -> TrainingState:
+    """The state of a training that has not begun."""
+    is_main, log_dir = step.processes.is_main, options.log_dir and Path(options.log_dir)
+    return TrainingState(
+        unwrapped(step.model),
+        step.optimizer,
+        step.precision.scaler,
+        meter=LossMeter(step.precision.device, step.processes),
+        history=RunLog(folder.path, log_dir or folder.path / "tf_record_log") if is_main else RunLog(None, None),
         args=to_plain(options),
         classes=data.classes,
         data={
             "images per epoch": data.epoch_images,
             "total batch": data.total_batch,
+            "images": data.images,
             **{name: getattr(options, name) for name in ("data_set", "seed", "repeated_aug")},
         },
-        model_ema=ema and ema.module,
+        model_ema=step.ema and step.ema.module,
         epoch=options.start_epoch,
     )
-    if resumed is not None:
-        state.restore(*resumed)
-        if data.streamed and 0 < state.position < data.epoch_images:
-            state.position = 0
-            state.history.forget_epoch(state.epoch)
-            say("Streamed data cannot be entered midway: the epoch begins again")
-        say(f"Continuing from {resumed[1]}: epoch {state.epoch + 1}, image {state.position}")
-    if processes.is_main:
-        write_options(options, folder)
-        describe(options, data, model, device, processes)
-        tell(inert_notes(options) + training_notes(options, data.total_batch, options.epochs * data.updates))
-    watcher = build_watcher(options, data, model, processes)
-    state.history.start()
-    train_epochs(options, processes, folder, data, stepper, scheduler, state, watcher)
-    state.history.close()
-    if processes.is_main:
-        summarise(state, folder)
-    return state.history.epochs[-1] if state.history.epochs else {}
 
 
-def train_epochs(
-    options: Options,
-    processes: Processes,
-    folder: Path,
-    data: Data,
-    stepper: Stepper,
-    scheduler: Scheduler,
-    state: TrainingState,
-    watcher: "Watcher | None" = None,
-) -> None:
-    """The loop: from the place where `state` stands to the last epoch. Stopped if a signal ended it early."""
-    meter, optimizer, saved_at = state.meter, state.optimizer, time.monotonic()
-    progress = Progress(
-        options.epochs, data.updates, data.total_batch, options.print_freq, stepper.precision.device, processes.is_main
+def build_run(
+    options: Options, step: TrainStep, scheduler: Scheduler, state: TrainingState, data: Data, folder: RunFolder
+) -> Run:
+    """The training itself."""
+    processes, precision = step.processes, step.precision
+    return Run(
+        step,
+        scheduler,
+        state,
+        data,
+        folder,
+        Progress(
+            options.epochs, data.updates, data.total_batch, options.print_freq, precision.device, processes.is_main
+        ),
+        evaluate=lambda model, after_batch: evaluate(
+            model, data.val, precision, processes, data.dist_eval, after_batch, pixels=step.pixels
+        ),
+        report=lambda figures, prefix: report(figures, processes, prefix),
+        epochs=options.epochs,
+        checkpoint_minutes=options.checkpoint_minutes,
+        watcher=build_watcher(options, data, state.model, processes),
+        watch_every=options.log_attention,
+        how_to_go_on=how_to_go_on(folder.path, Path(__file__), processes),
     )
 
-    def save(epoch: int, position: int) -> None:
-        nonlocal saved_at
-        check_weights(state.model, epoch)
-        meter.gather()
-        state.epoch, state.position, saved_at = epoch, position, time.monotonic()
-        if processes.is_main:
-            save_checkpoint(build_checkpoint(state), folder / LAST)
 
-    with Requests(processes) as requests:
+def begin(options: Options, run: Run, device: torch.device) -> None:
+    """Write and print what is about to be trained; what is wrong with a run comes out before."""
 
-        def after_update(update: int, loss: Tensor) -> bool:
-            lr = optimizer.param_groups[-1]["lr"]
-            if progress.due(update):
-                loss = utils.all_reduce_sum(loss, processes) / processes.world_size
-            progress.advance(update, loss, lr)
-            if progress.due(update):
-                meter.check(epoch)
-                state.history.train_point(epoch + (update + 1) / data.updates, loss.item(), lr)
-            overdue = options.checkpoint_minutes > 0 and time.monotonic() - saved_at > 60 * options.checkpoint_minutes
-            request = requests.agree(save=overdue and processes.is_main)
-            if request != Request.NOTHING:
-                meter.check(epoch)
-                save(epoch, (update + 1) * data.total_batch)
-            return request == Request.STOP
+    def write() -> None:
+        run.folder.make()
+        write_options(options, run.folder.path)
+        run.state.history.start()
 
-        def after_batch(number: int) -> None:
-            # The checkpoint is already written; evaluating is not worth the little time that a signal leaves.
-            if number < data.val_batches and requests.agree() == Request.STOP:
-                raise stopped()
-
-        def stopped() -> Stopped:
-            message = f"stopped; checkpoint in {folder}. To go on: the same options and output_dir {folder}"
-            return Stopped(message, requests.signals)
-
-        for epoch in range(state.epoch, options.epochs):
-            started = time.monotonic()
-            scheduler.step(epoch)
-            start = data.place(epoch, state.position)
-            if start == 0:
-                meter.reset()
-            progress.start_epoch(epoch, start)
-            finished = train_one_epoch(
-                stepper, data.train, meter, epoch=epoch, start=start, updates=data.updates, after_update=after_update
-            )
-            progress.end_epoch()
-            if not finished:
-                raise stopped()
-            meter.check(epoch)
-            save(epoch, data.epoch_images)  # so that a run killed while it evaluates loses nothing
-
-            record = {"epoch": epoch, "train_loss": meter.average(), "train_lr": optimizer.param_groups[-1]["lr"]}
-            for name, candidate in {"test": state.model, "test_ema": state.model_ema}.items():
-                if candidate is None:
-                    continue
-                home = next(candidate.parameters()).device  # the average may live in host memory
-                candidate.to(stepper.precision.device)
-                utils.share_buffers(candidate, processes)
-                metrics = evaluate(
-                    candidate,
-                    data.val,
-                    stepper.precision,
-                    processes,
-                    data.dist_eval,
-                    after_batch,
-                    pixels=stepper.pixels,
-                )
-                candidate.to(home)
-                report(metrics, processes, "averaged weights: " if name == "test_ema" else "")
-                record |= {f"{name}_{figure}": metrics[figure] for figure in ("acc1", "acc5", "loss")}
-                if metrics["acc1"] > state.best["acc1"]:
-                    state.best = {**metrics, "epoch": epoch, "weights": name.replace("test", "model")}
-                    if processes.is_main:
-                        save_checkpoint(build_checkpoint(state, weights_only=candidate), folder / BEST)
-            if watcher is not None and (epoch + 1) % options.log_attention == 0:
-                seen = watcher.look()
-                state.history.attention(seen.scalars, seen.pictures, epoch)
-            record["n_parameters"] = utils.count_parameters(state.model)
-            record["seconds"] = round(time.monotonic() - started, 2)
-            state.history.end_epoch(record)
-            save(epoch + 1, 0)
+    decide(write, run.step.processes)
+    if run.step.processes.is_main:
+        describe(options, run.data, run.state.model, device, run.step.processes)
+        for line in inert_notes(options) + training_notes(
+            options, run.data.total_batch, options.epochs * run.data.updates
+        ):
+            note(line)
 
 
-# -- pieces of a run ----------------------------------------------------------------------------------------------
-
-
-def run_folder(options: Options, processes: Processes) -> Path:
-    """--output_dir, or a fresh folder named by model and time; made by the main process. UsageError if it cannot be."""
-    if not options.output_dir and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
-        raise UsageError("--max-restarts needs --output_dir, so that restarted processes find their checkpoint")
-    name = options.output_dir or f"outputs/cls/{options.model}/{datetime.now():%Y%m%d-%H:%M:%S}"
-    folder = Path(utils.broadcast_object(name, processes))
-    if processes.is_main:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-        except OSError as error:
-            raise UsageError(f"cannot write to {folder}: {error.strerror}; choose another --output_dir") from error
-    return folder
-
-
-def log_folders(options: Options, folder: Path, processes: Processes) -> tuple[Path | None, Path | None]:
-    """Where log.txt and TensorBoard's files go; nowhere on all but the main process."""
-    if not processes.is_main:
-        return None, None
-    return folder, Path(options.log_dir or folder / "tf_record_log")
-
-
-def checkpoint_to_resume(options: Options, folder: Path) -> tuple[dict[str, Any], Path] | None:
-    """--resume, or the newest checkpoint of the run's folder, and its path."""
-    if options.resume:
-        return load_checkpoint(options.resume), Path(options.resume)
-    return load_latest(folder) if options.auto_resume else None
+def end(run: Run) -> dict[str, Any]:
+    """Close the log and say where everything is. Returns the figures of the last evaluation."""
+    history = run.state.history
+    history.close()
+    if run.step.processes.is_main:
+        summarise(run.state, run.folder.path)
+    return history.epochs[-1] if history.epochs else {}
 
 
 def check_model_name(name: str, option: str) -> None:
@@ -383,7 +320,7 @@ def _create_model(options: Options, arguments: dict[str, Any]) -> nn.Module:
                 f"--drop_path {options.drop_path}: {options.model} has no stochastic depth; leave the option out"
             ) from error
         if options.drop_path and utils.find_processes().is_main:
-            tell([f"{options.model} has no stochastic depth: --drop_path {options.drop_path} has no effect"])
+            note(f"{options.model} has no stochastic depth: --drop_path {options.drop_path} has no effect")
         return _create_model(options, {name: arguments[name] for name in arguments if name != "drop_path_rate"})
     except (ValueError, RuntimeError) as error:
         raise UsageError(f"--model {options.model}: {error}") from error

@@ -71,8 +71,10 @@ class RunOptions:
     device: str = option("auto", "auto (a GPU if there is one), cuda, cuda:N, mps or cpu")
     output_dir: str = option("", "folder of the run; empty: outputs/cls/MODEL/DATE-TIME when training")
     log_dir: str = option("", "folder for TensorBoard; empty: OUTPUT_DIR/tf_record_log")
-    resume: str = option("", "checkpoint, a file or an http(s) address, to continue from, or to evaluate with --eval")
-    auto_resume: bool = option(True, "continue from OUTPUT_DIR/checkpoint.pth if it exists")
+    resume: str = option(
+        "", "checkpoint, a file or an http(s) address, to continue from where OUTPUT_DIR has none, or to evaluate"
+    )
+    auto_resume: bool = option(True, "continue from the newest checkpoint of OUTPUT_DIR if it has one")
     start_epoch: int = option(0, "first epoch to train; a resumed checkpoint overrides it", at_least=0)
     eval: bool = option(False, "evaluate only")
     use_ema: bool = option(False, "take the averaged weights of --resume (with --eval), --finetune or --load_release")
@@ -96,6 +98,10 @@ class RunOptions:
     checkpoint_minutes: float = option(
         0.0, "also write a checkpoint every so many minutes; 0: only after epochs", at_least=0
     )
+    save_every: int = option(
+        0, "also keep the state after every so many epochs, as checkpoint.EPOCHS.pth; 0: never", at_least=0
+    )
+    keep: int = option(0, "how many states of --save_every to keep, the newest; 0: all", at_least=0)
     log_attention: int = option(
         0, "show the attention in TensorBoard every so many epochs, on four validation images; 0: never", at_least=0
     )

@@ -7,12 +7,12 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from enum import IntEnum
 from types import FrameType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -135,31 +135,6 @@ def broadcast_object(value: object, processes: Processes) -> object:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
-
-
-def tell(compute: Callable[[], T], processes: Processes) -> T:
-    """What `compute` gives on the main process, told to all. A UsageError of it is raised on every process."""
-    if not processes.distributed:
-        return compute()
-    answer: Any = None
-    if processes.is_main:
-        try:
-            answer = compute()
-        except (UsageError, TryAgain) as error:
-            answer = error
-    answer = broadcast_object(answer, processes)
-    if isinstance(answer, UsageError | TryAgain):
-        raise answer
-    return answer
-
-
-def gather_objects(value: T, processes: Processes) -> list[T]:
-    """Every process's `value`, on every process, by rank."""
-    if not processes.distributed:
-        return [value]
-    values: list[Any] = [None] * processes.world_size
-    dist.all_gather_object(values, value)
-    return values
 
 
 def all_reduce_sum(values: Tensor, processes: Processes) -> Tensor:

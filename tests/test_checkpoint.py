@@ -8,13 +8,13 @@ import pytest
 import torch
 from support import complaint
 
-from checkpoint import LAST, PREVIOUS, load_latest, save_checkpoint
 from models.weights import load_checkpoint
+from runtime.checkpoint import LAST, PREVIOUS, load_latest, save_checkpoint
 
 
 def test_a_file_is_replaced_at_once_and_its_predecessor_kept(tmp_path):
     for number in range(3):
-        save_checkpoint({"number": number}, tmp_path / LAST)
+        save_checkpoint({"number": number}, tmp_path / LAST, tmp_path / PREVIOUS)
     assert load_checkpoint(tmp_path / LAST) == {"number": 2}
     assert load_checkpoint(tmp_path / PREVIOUS) == {"number": 1}
     assert sorted(os.listdir(tmp_path)) == [PREVIOUS, LAST]
@@ -23,7 +23,7 @@ def test_a_file_is_replaced_at_once_and_its_predecessor_kept(tmp_path):
 @pytest.mark.parametrize("damage", ["truncate", "flip", "empty"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage, capsys):
     for number in range(2):
-        save_checkpoint({"number": number, "weights": torch.arange(1000.0)}, tmp_path / LAST)
+        save_checkpoint({"number": number, "weights": torch.arange(1000.0)}, tmp_path / LAST, tmp_path / PREVIOUS)
     content = bytearray((tmp_path / LAST).read_bytes())
     if damage == "truncate":
         content = content[: len(content) // 2]

@@ -15,7 +15,7 @@ from torch import nn
 
 import main
 import models  # noqa: F401
-from engine import LossMeter, Precision, Stepper, evaluate, train_one_epoch
+from engine import LossMeter, Precision, TrainStep, evaluate, train_one_epoch
 from errors import NonFiniteLoss
 from models.pixels import Pixels, normalize
 from optim_factory import DistillationLoss, PlainLoss, build_loss, build_optimizer, build_scheduler
@@ -41,7 +41,7 @@ def linear_model():
 
 def stepper_of(model, **kwargs):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return Stepper(model, PlainLoss(nn.CrossEntropyLoss()), optimizer, Precision(CPU), ALONE, **kwargs)
+    return TrainStep(model, PlainLoss(nn.CrossEntropyLoss()), optimizer, Precision(CPU), ALONE, **kwargs)
 
 
 def train(stepper, batches, updates, **kwargs):

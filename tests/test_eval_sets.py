@@ -13,6 +13,7 @@ import main
 from errors import UsageError
 from eval_sets import open_eval_set
 from options import Options, parse_args
+from runtime.checkpoint import BEST
 
 SYNSETS = ImageNetInfo().label_names()
 SMALL_KWARGS = {"embed_dims": (16, 32, 48, 64), "depths": (1, 1, 1, 1)}
@@ -160,8 +161,8 @@ def test_missing_folders_and_other_class_counts(options, words):
 def test_a_model_is_tested_at_another_resolution_than_it_was_trained_at(run_small, small_options, argv):
     """The position tables are resampled, as in fine-tuning."""
     folder = run_small("--epochs", "1")
-    trained = main.run(small_options("--eval", "--resume", str(folder / main.BEST)))
-    other = main.run(small_options("--eval", "--resume", str(folder / main.BEST), *argv))
+    trained = main.run(small_options("--eval", "--resume", str(folder / BEST)))
+    other = main.run(small_options("--eval", "--resume", str(folder / BEST), *argv))
     assert other["images"] == trained["images"] == 5 * len(CLASSES)
     assert other["loss"] != trained["loss"]
     assert other["loss"] == pytest.approx(trained["loss"], rel=0.5)

@@ -12,8 +12,8 @@ import kill_often
 import pytest
 from support import ROOT, SMALL_RUN, command
 
-from checkpoint import LAST
 from models.weights import load_checkpoint
+from runtime.checkpoint import LAST
 
 
 @pytest.mark.slow

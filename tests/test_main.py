@@ -19,10 +19,10 @@ from support import ROOT, SMALL_RUN, command
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
-from checkpoint import BEST, LAST
 from errors import NonFiniteLoss, Stopped, UsageError
 from models import DeBiFormer
 from models.weights import load_checkpoint
+from runtime.checkpoint import BEST, LAST
 from utils import Processes, Request, Requests
 
 TIMINGS = ("seconds",)
@@ -140,7 +140,7 @@ def test_two_runs_give_identical_weights(small_options):
 
 def stop_after(monkeypatch, updates):
     """Sends this process SIGTERM when so many updates are done."""
-    step, done = main.Stepper.step, 0
+    step, done = main.TrainStep.step, 0
 
     def counted(self, *args):
         nonlocal done
@@ -149,7 +149,7 @@ def stop_after(monkeypatch, updates):
             os.kill(os.getpid(), signal.SIGTERM)
         return step(self, *args)
 
-    monkeypatch.setattr(main.Stepper, "step", counted)
+    monkeypatch.setattr(main.TrainStep, "step", counted)
 
 
 @pytest.mark.parametrize("updates", [4, 6, 9, 12])
@@ -189,7 +189,8 @@ def test_a_run_stopped_while_it_evaluates_goes_on_there(small_options, monkeypat
         patch.setattr(main, "evaluate", interrupted)
         with pytest.raises(Stopped):
             main.run(stopped)
-    assert weights(main.Path(stopped.output_dir), key="position") == 48
+    stood = load_checkpoint(main.Path(stopped.output_dir) / LAST)
+    assert (stood["epoch"], stood["position"], stood["evaluated"]) == (1, 0, False)
     main.run(stopped)
     one, two = main.Path(whole.output_dir), main.Path(stopped.output_dir)
     assert_same_weights(weights(one), weights(two))
@@ -224,13 +225,12 @@ def test_a_finished_run_is_not_trained_again(run_small):
 
 
 def test_a_clock_writes_checkpoints_within_an_epoch(small_options, monkeypatch):
-    places = []
-    save = main.save_checkpoint
+    places, save = [], main.RunFolder.save
     monkeypatch.setattr(
-        main, "save_checkpoint", lambda content, path: (places.append(content.get("position")), save(content, path))
+        main.RunFolder, "save", lambda self, content: (places.append(content["position"]), save(self, content))
     )
     main.run(small_options("--epochs", "1", "--checkpoint_minutes", "1e-9"))
-    assert places[:6] == [8, 16, 24, 32, 40, 48]
+    assert places[:6] == [8, 16, 24, 32, 40, 0]
 
 
 # -- fine-tuning, distillation, other models
@@ -372,7 +372,7 @@ def test_divergence_stops_with_1_and_keeps_the_last_good_checkpoint(run_small, s
 def test_weights_that_an_epochs_last_update_broke_are_not_saved(small_options, monkeypatch):
     """The loss of that update is still good."""
     main.run(small_options("--epochs", "1"))
-    options, step = small_options("--epochs", "2"), main.Stepper.step
+    options, step = small_options("--epochs", "2"), main.TrainStep.step
     before = (main.Path(options.output_dir) / LAST).read_bytes()
 
     def break_the_last(self, batches, epoch, update, meter):
@@ -381,7 +381,7 @@ def test_weights_that_an_epochs_last_update_broke_are_not_saved(small_options, m
             next(self.model.parameters()).data[0] = torch.inf
         return loss
 
-    monkeypatch.setattr(main.Stepper, "step", break_the_last)
+    monkeypatch.setattr(main.TrainStep, "step", break_the_last)
     with pytest.raises(NonFiniteLoss, match="the weights are not finite after an update of epoch 2;"):
         main.run(options)
     assert (main.Path(options.output_dir) / LAST).read_bytes() == before
@@ -410,7 +410,7 @@ def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(shared_images, tmp_pat
     began = time.monotonic()
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 75, errors
-    assert "To go on: the same options and output_dir" in errors.splitlines()[-1]
+    assert "To go on: python main.py --recipe " in errors.splitlines()[-1]
     assert "Traceback" not in errors
     assert time.monotonic() - began < 60
     assert load_checkpoint(tmp_path / "run" / LAST)["epoch"] >= 0

@@ -13,8 +13,8 @@ import submitit
 import torch
 from support import ROOT, SMALL_RUN, command
 
-from checkpoint import LAST
 from models.weights import load_checkpoint
+from runtime.checkpoint import LAST
 
 OPTIONS = {
     "model": "debiformer_nano",

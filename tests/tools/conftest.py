@@ -4,8 +4,8 @@ import pytest
 from support import CLASSES, SMALL_RUN
 
 import main
-from checkpoint import BEST
 from options import parse_args
+from runtime.checkpoint import BEST
 
 
 @pytest.fixture(scope="session")

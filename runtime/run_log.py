@@ -10,6 +10,7 @@ import logging
 import math
 import os
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from hashlib import sha1
@@ -23,10 +24,10 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from checkpoint import BEST, LAST, TrainingState
 from datasets import Data
 from errors import UsageError
 from options import RECIPES, Options, to_plain
+from runtime.checkpoint import BEST, LAST, TrainingState
 from utils import Processes, count_parameters, format_seconds, peak_memory
 
 POINTS_PER_EPOCH = 1000
@@ -43,6 +44,17 @@ def _writing() -> Iterator[None]:
     except OSError as error:
         place = error.filename or "the run's log"
         raise UsageError(f"cannot write {place}: {error.strerror}; choose another --output_dir or --log_dir") from error
+
+
+def _silence_writing_threads() -> None:
+    """TensorBoard's thread hands its errors over to us, and prints a traceback besides: do without that."""
+    hook = threading.excepthook
+
+    def quietly(args: threading.ExceptHookArgs) -> None:
+        if not (isinstance(args.exc_value, OSError) and type(args.thread).__module__.startswith("tensorboard.")):
+            hook(args)
+
+    threading.excepthook = quietly
 
 
 class RunLog:
@@ -71,6 +83,7 @@ class RunLog:
             return
         from torch.utils.tensorboard import SummaryWriter
 
+        _silence_writing_threads()
         # In a --log_dir that several runs share, each replaces only its own events.
         suffix = "." + sha1(str(self.folder.resolve()).encode()).hexdigest()[:8]
         own = "" if self.tensorboard_folder.parent == self.folder else suffix
@@ -78,7 +91,7 @@ class RunLog:
             old.unlink()
         self._writer = SummaryWriter(str(self.tensorboard_folder), filename_suffix=suffix)
         for tag, value, step in self.points:
-            self._writer.add_scalar(tag, value, step)
+            self._show("add_scalar", tag, value, step)
         for record in self.epochs:
             self._show_pictures(record["epoch"])
         self._write_text()
@@ -112,7 +125,7 @@ class RunLog:
         folder = self._pictures(epoch)
         for path in sorted(folder.rglob("*.png")):
             tag = path.relative_to(folder).with_suffix("").as_posix()
-            self._writer.add_image(tag, np.asarray(Image.open(path)), epoch, dataformats="HWC")
+            self._show("add_image", tag, np.asarray(Image.open(path)), epoch, dataformats="HWC")
 
     @_writing()
     def end_epoch(self, record: dict[str, Any]) -> None:
@@ -120,27 +133,40 @@ class RunLog:
         self.epochs.append(record)
         perf = {f"perf/{name}": value for name, value in record.items() if name.startswith("test_")}
         self._add(perf, record["epoch"])
-        if self._writer is not None:
-            self._writer.flush()
+        self._show("flush")
+        if self.folder is not None:
             self._write_text()
             if time.monotonic() - self._drawn_at > SECONDS_BETWEEN_DRAWINGS:
                 self.draw_curves()
 
     @_writing()
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self.draw_curves()
+        self._show("close")
+        self.draw_curves()
 
     def _add(self, values: dict[str, float], step: int) -> None:
         for tag, value in values.items():
             self.points.append((tag, value, step))
-            if self._writer is not None:
-                self._writer.add_scalar(tag, value, step)
+            self._show("add_scalar", tag, value, step)
+
+    def _show(self, method: str, *values: Any, **options: Any) -> None:
+        """Have TensorBoard's writer do something. If it cannot write, warn, and go on without it."""
+        if self._writer is None:
+            return
+        try:
+            getattr(self._writer, method)(*values, **options)
+        except OSError as error:
+            self._writer = None
+            print(
+                f"warning: TensorBoard's files in {self.tensorboard_folder} cannot be written "
+                f"({error.strerror or error}); training goes on without them. Started again, it writes them anew",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def _write_text(self) -> None:
         path = self.folder / "log.txt"
-        temporary = path.with_suffix(".tmp")
+        temporary = path.with_name(f".log.txt.{os.getpid()}.tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in self.epochs))
         os.replace(temporary, path)
 
@@ -245,8 +271,9 @@ def show_notices(processes: Processes) -> None:
 
 @_writing()
 def write_options(options: Options, folder: Path) -> None:
-    """options.yaml: every option of the run."""
-    (folder / "options.yaml").write_text(yaml.safe_dump(to_plain(options), sort_keys=False))
+    """options.yaml: every option of the run, as a recipe that goes on with it."""
+    values = {**to_plain(options), "output_dir": str(folder)}
+    (folder / "options.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
 
 
 def report(metrics: dict[str, Any], processes: Processes, prefix: str = "") -> None:
