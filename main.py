@@ -14,6 +14,7 @@ from huggingface_hub.utils import get_session
 from timm.data import ImageNetInfo, Mixup
 from timm.data.random_erasing import RandomErasing
 from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
