@@ -1,10 +1,12 @@
 """Ends of a run that need no traceback: one line and an exit code."""
 
 import argparse
+import contextlib
 import difflib
+import re
 import signal
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NoReturn
 
 
@@ -32,7 +34,30 @@ class Stopped(RuntimeError):
         self.signals = frozenset(signals)
 
 
-EXIT_CODES = {UsageError: 2, NonFiniteLoss: 1, Stopped: 75}
+class TemporaryFailure(RuntimeError):
+    """Something outside the run failed that may not fail again. The exit code is 75."""
+
+
+WORKER_DIED = re.compile(r"DataLoader worker \(pid\S* [\d, ]+\) (?:is killed by signal: (?P<signal>[\w ]+)|exited)")
+
+
+@contextlib.contextmanager
+def explain_dead_workers() -> Iterator[None]:
+    """TemporaryFailure, with the remedy, if a process that loads images dies inside the block."""
+    try:
+        yield
+    except RuntimeError as error:
+        died = WORKER_DIED.search(str(error))
+        if died is None:
+            raise
+        how = f"was killed ({died['signal']})" if died["signal"] else "died"
+        raise TemporaryFailure(
+            f"a process that loads images {how}, most likely for want of memory; lower --num_workers or ask for more "
+            "memory. The same command goes on from the last checkpoint"
+        ) from error
+
+
+EXIT_CODES = {UsageError: 2, NonFiniteLoss: 1, Stopped: 75, TemporaryFailure: 75}
 """75 is EX_TEMPFAIL: try again."""
 
 

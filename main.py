@@ -1,5 +1,10 @@
 """Train and evaluate: python main.py --help."""
 
+from runtime.preemption import PreemptionHandler, Request, handle_signals
+
+if __name__ == "__main__":
+    PreemptionHandler().install()  # before imports that take seconds
+
 import os
 import sys
 import tempfile
@@ -23,7 +28,7 @@ import utils
 from checkpoint import BEST, LAST, TrainingState, build_checkpoint, load_latest, save_checkpoint
 from datasets import Data, build_data
 from engine import LossMeter, Precision, Stepper, check_weights, evaluate, normalized, train_one_epoch
-from errors import Stopped, UsageError, did_you_mean, exit_on_error
+from errors import Stopped, UsageError, did_you_mean, exit_on_error, explain_dead_workers
 from eval_sets import TITLES, open_eval_set
 from models.releases import Places, find_release
 from models.weights import (
@@ -37,7 +42,7 @@ from models.weights import (
 from optim_factory import build_loss, build_optimizer, build_scheduler
 from options import Options, mixing, parse_args, to_plain
 from run_log import Progress, RunLog, describe, report, show_notices, summarise, write_options
-from utils import Processes, Request, Requests
+from utils import Processes
 
 if TYPE_CHECKING:
     from visualize.insight import Watcher
@@ -48,13 +53,14 @@ AMP_DTYPES = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def run(options: Options) -> dict[str, Any]:
     """One run from start to end, on every process. Returns the figures of its last evaluation."""
-    processes = utils.find_processes()
-    device = utils.choose_device(options.device, processes)
-    torch.backends.cudnn.benchmark = True
-    utils.seed_everything(options.seed)
-    show_notices(processes)
-    with utils.process_group(processes, device, options.dist_url, COLLECTIVE_TIMEOUT):
-        return (evaluate_only if options.eval else train)(options, processes, device)
+    with handle_signals():
+        processes = utils.find_processes()
+        device = utils.choose_device(options.device, processes)
+        torch.backends.cudnn.benchmark = True
+        utils.seed_everything(options.seed)
+        show_notices(processes)
+        with explain_dead_workers(), utils.process_group(processes, device, options.dist_url, COLLECTIVE_TIMEOUT):
+            return (evaluate_only if options.eval else train)(options, processes, device)
 
 
 def evaluate_only(options: Options, processes: Processes, device: torch.device) -> dict[str, Any]:
@@ -186,8 +192,10 @@ def train_epochs(
         state.epoch, state.position, saved_at = epoch, position, time.monotonic()
         if processes.is_main:
             save_checkpoint(build_checkpoint(state), folder / LAST)
+        requests.barrier()  # a process that leaves takes the others with it: the launcher ends them
 
-    with Requests(processes) as requests:
+    with handle_signals() as requests:
+        requests.begin_training(processes)
 
         def after_update(update: int, loss: Tensor) -> bool:
             lr = optimizer.param_groups[-1]["lr"]
@@ -196,7 +204,7 @@ def train_epochs(
                 meter.check(epoch)
                 state.history.train_point(epoch + (update + 1) / data.updates, loss.item(), lr)
             overdue = options.checkpoint_minutes > 0 and time.monotonic() - saved_at > 60 * options.checkpoint_minutes
-            request = requests.agree(save=overdue and processes.is_main)
+            request = requests.sync(save=overdue and processes.is_main)
             if request != Request.NOTHING:
                 meter.check(epoch)
                 save(epoch, (update + 1) * data.total_batch)
@@ -204,7 +212,7 @@ def train_epochs(
 
         def after_batch(number: int) -> None:
             # The checkpoint is already written; evaluating is not worth the little time that a signal leaves.
-            if number < data.val_batches and requests.agree() == Request.STOP:
+            if number < data.val_batches and requests.sync() == Request.STOP:
                 raise stopped()
 
         def stopped() -> Stopped:
