@@ -41,10 +41,11 @@ LAUNCHERS = ("train.sbatch", "hydra_main.py")
 class Job:
     """One training by two processes, submitted by one of the launchers."""
 
-    def __init__(self, cluster: LocalCluster, launcher: str, root: Path, slow: float) -> None:
+    def __init__(self, cluster: LocalCluster, launcher: str, root: Path, slow: float, save: float = 0) -> None:
         self.cluster, self.launcher, self.folder = cluster, launcher, root / "run"
         root.mkdir()
-        env = {"SLOW_IMPORTS": str(slow), "PYTHONPATH": f"{ROOT}/tests/slow_site", "OMP_NUM_THREADS": "1", "NPROC": "2"}
+        env = {"SLOW_IMPORTS": str(slow), "SLOW_SAVE": str(save), "PYTHONPATH": f"{ROOT}/tests/slow_site"}
+        env |= {"OMP_NUM_THREADS": "1", "NPROC": "2"}
         path = f"{Path(sys.executable).parent}:{cluster.env['PATH']}"
         command = ["env", f"PATH={path}", *(f"{name}={value}" for name, value in env.items())]
         printed = cluster.call(*command, *getattr(self, launcher.partition(".")[0])(root), cwd=ROOT, timeout=600)
