@@ -27,18 +27,20 @@ from torchvision import datasets as vision
 from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 
-from errors import TryAgain, UsageError, listed
+from errors import TemporaryFailure, UsageError, listed
 from models.pixels import Pixels, pixels_of
 from models.weights.sources import cache_folder
 from options import Options
 from runtime.agreement import decide, gather
+from runtime.distributed import DistInfo
 from runtime.images import MAX_PIXELS, ImageRefused, open_rgb
 from runtime.packed import PackedPaths
+from runtime.preemption import PreemptionHandler
 from runtime.storage import read_patiently
 from runtime.streams import Stream
 from runtime.tar import TarFiles
 from samplers import EvalSampler, Key, TrainSampler
-from utils import Processes, Requests, seeded, unite_seeds
+from utils import seeded, unite_seeds
 
 # -- sources: map-style datasets of (path, open file or PIL image; class number) with `classes` and `name_of(index)` ---
 
@@ -378,7 +380,7 @@ class Transformed(Dataset):
 
         try:
             return read_patiently(read, f"image {name}")
-        except TryAgain:
+        except TemporaryFailure:
             raise
         except ImageRefused as error:
             raise UsageError(f"cannot read image {name}: it {error} (--max_image_pixels)") from error
@@ -441,7 +443,7 @@ class Data:
 
 def build_data(
     options: Options,
-    processes: Processes,
+    processes: DistInfo,
     device: torch.device,
     test_source: Dataset | None = None,
     trained: Sequence[str] = (),
@@ -476,7 +478,7 @@ def build_data(
     return Data(train, val, num_classes, classes, updates, total_batch, split, val_batches, images, bool(found))
 
 
-def _sources(options: Options, processes: Processes) -> tuple[Dataset, Dataset]:
+def _sources(options: Options, processes: DistInfo) -> tuple[Dataset, Dataset]:
     if options.data_set not in LISTED:
         return open_sources(options)
     return decide(lambda: read_patiently(lambda: open_sources(options), f"--data_path {options.data_path}"), processes)
@@ -531,7 +533,7 @@ def _usable_workers(options: Options) -> int:
 
 
 def _load_images(
-    source: Dataset, numbers: list[int] | None, options: Options, processes: Processes, device: torch.device
+    source: Dataset, numbers: list[int] | None, options: Options, processes: DistInfo, device: torch.device
 ) -> tuple[DataLoader, int]:
     """The training loader, and updates per epoch."""
     total_batch = options.batch_size * processes.world_size * options.accum_steps
@@ -544,7 +546,7 @@ def _load_images(
 
 
 def _load_stream(
-    source: Stream, numbers: list[int] | None, options: Options, processes: Processes, device: torch.device
+    source: Stream, numbers: list[int] | None, options: Options, processes: DistInfo, device: torch.device
 ) -> tuple[DataLoader, int]:
     """The same of a stream; all processes take as many workers and images."""
     workers = min(gather(source.usable_workers(_usable_workers(options), processes), processes))
@@ -563,13 +565,13 @@ def _load_stream(
 
 
 def _load_test(
-    source: Dataset, numbers: list[int] | None, options: Options, processes: Processes, device: torch.device
+    source: Dataset, numbers: list[int] | None, options: Options, processes: DistInfo, device: torch.device
 ) -> tuple[DataLoader, bool]:
     """The evaluation loader, and whether each process evaluates its own share."""
     workers = _usable_workers(options)
     if isinstance(source, IterableDataset):
         # Split among processes, timm's streams may leave images out or repeat them: each process reads them all.
-        source.split(Processes(), workers)
+        source.split(DistInfo(), workers)
         source.transform, source.numbers = eval_transform(options), numbers
         source.max_pixels = options.max_image_pixels
         return DataLoader(source, _eval_batch(options), **_loader_settings(options, device, workers)), False
@@ -585,7 +587,7 @@ def _eval_batch(options: Options) -> int:
 
 def ignore_stop_signals(worker: int) -> None:
     """Workers leave stop requests to the process they load for, which still needs them to reach its checkpoint."""
-    for number in Requests.SIGNALS:
+    for number in PreemptionHandler.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 

@@ -24,10 +24,12 @@ from datasets import Data
 from errors import Stopped, UsageError
 from models.pixels import Pixels, normalize
 from runtime.checkpoint import TrainingState, build_checkpoint
+from runtime.distributed import DistInfo, all_reduce_sum, share_buffers
 from runtime.meters import LossMeter, check_weights
+from runtime.preemption import Request, handle_signals
 from runtime.run_folder import RunFolder
 from runtime.run_log import Progress
-from utils import Processes, Request, Requests, all_reduce_sum, count_parameters, seed_everything, share_buffers
+from utils import count_parameters, seed_everything
 
 if TYPE_CHECKING:
     from visualize.insight import Watcher
@@ -63,7 +65,7 @@ class TrainStep:
     loss_fn: nn.Module
     optimizer: torch.optim.Optimizer
     precision: Precision
-    processes: Processes
+    processes: DistInfo
     pixels: Pixels = Pixels()
     ema: ModelEmaV3 | None = None
     erase: RandomErasing | None = None
@@ -152,7 +154,7 @@ def evaluate(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, Tensor]],
     precision: Precision,
-    processes: Processes = Processes(),  # noqa: B008 (frozen)
+    processes: DistInfo = DistInfo(),  # noqa: B008 (frozen)
     split: bool = False,
     after_batch: Callable[[int], None] = lambda number: None,
     among: Sequence[int] | None = None,
@@ -225,7 +227,8 @@ class Run:
 
     def train(self) -> None:
         """Train and evaluate the epochs that are left. Stopped if a signal ended that early."""
-        with Requests(self.step.processes) as self.requests:
+        with handle_signals() as self.requests:
+            self.requests.begin_training(self.step.processes)
             if not self.state.evaluated:
                 self.scheduler.step(self.state.epoch - 1)
                 self.finish_epoch(self.state.epoch - 1, time.monotonic())
@@ -267,7 +270,7 @@ class Run:
             state.meter.check(epoch)
             state.history.train_point(epoch + (update + 1) / self.data.updates, loss.item(), rate)
         overdue = 0 < 60 * self.checkpoint_minutes < time.monotonic() - self.saved_at
-        request = self.requests.agree(save=overdue and self.step.processes.is_main)
+        request = self.requests.sync(save=overdue and self.step.processes.is_main)
         if request != Request.NOTHING:
             state.meter.check(epoch)
             if update + 1 < self.data.updates:
@@ -303,6 +306,7 @@ class Run:
         self.saved_at = time.monotonic()
         if self.step.processes.is_main:
             self.folder.save(build_checkpoint(state))
+        self.requests.barrier()  # a process that leaves takes the others with it: the launcher ends them
 
     def _figures_of(self, candidate: nn.Module) -> dict[str, float]:
         home = next(candidate.parameters()).device  # the average may live in host memory
@@ -320,7 +324,7 @@ class Run:
 
     def _after_batch(self, number: int) -> None:
         # The checkpoint is already written; evaluating is not worth the little time that a signal leaves.
-        if number < self.data.val_batches and self.requests.agree() == Request.STOP:
+        if number < self.data.val_batches and self.requests.sync() == Request.STOP:
             raise self._stopped()
 
     def _rate(self) -> float:

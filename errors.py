@@ -1,12 +1,13 @@
 """Ends of a run that need no traceback: one line and an exit code."""
 
 import argparse
+import contextlib
 import difflib
 import io
 import re
 import signal
 import sys
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NoReturn
 
 
@@ -17,11 +18,11 @@ class UsageError(ValueError):
         super().__init__(_sentence(message, "UsageError"))
 
 
-class TryAgain(RuntimeError):
+class TemporaryFailure(RuntimeError):
     """Something outside failed for now, such as storage: the same command may succeed later. The exit code is 75."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(_sentence(message, "TryAgain"))
+        super().__init__(_sentence(message, "TemporaryFailure"))
 
 
 def _sentence(message: str, kind: str) -> str:
@@ -45,7 +46,26 @@ class Stopped(RuntimeError):
         self.signals = frozenset(signals)
 
 
-EXIT_CODES = {UsageError: 2, NonFiniteLoss: 1, Stopped: 75, TryAgain: 75}
+WORKER_DIED = re.compile(r"DataLoader worker \(pid\S* [\d, ]+\) (?:is killed by signal: (?P<signal>[\w ]+)|exited)")
+
+
+@contextlib.contextmanager
+def explain_dead_workers() -> Iterator[None]:
+    """TemporaryFailure, with the remedy, if a process that loads images dies inside the block."""
+    try:
+        yield
+    except RuntimeError as error:
+        died = WORKER_DIED.search(str(error))
+        if died is None:
+            raise
+        how = f"was killed ({died['signal']})" if died["signal"] else "died"
+        raise TemporaryFailure(
+            f"a process that loads images {how}, most likely for want of memory; lower --num_workers or ask for more "
+            "memory. The same command goes on from the last checkpoint"
+        ) from error
+
+
+EXIT_CODES = {UsageError: 2, NonFiniteLoss: 1, Stopped: 75, TemporaryFailure: 75}
 """75 is EX_TEMPFAIL: try again. Exceptions of other modules may bring their own as `exit_code`."""
 
 NOT_UTF8 = re.compile("[\udc80-\udcff]")

@@ -6,14 +6,20 @@
 The options are those of main.py, spelt with underscores: key=value. wait=true waits for the job and returns its status.
 """
 
+from runtime.preemption import PreemptionHandler
+
+if __name__ == "__main__":
+    PreemptionHandler().install()  # before imports that take seconds
+
 import io
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
-import time
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, fields
 from hashlib import sha1
 from pathlib import Path
@@ -25,13 +31,14 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from submitit.core.utils import DelayedSubmission, FailedJobError, FailedSubmissionError, UncompletedJobError
+from submitit.core.utils import FailedJobError, FailedSubmissionError, UncompletedJobError
 
-from errors import Stopped, UsageError, did_you_mean, exit_on_error
+from errors import UsageError, did_you_mean, exit_on_error
 from options import DEFAULT_RECIPE, Options, SlurmOptions, check_ranges, names_of, option, validate
-from utils import port_of_job
+from runtime import submitit_job
 
 CONFIGS = Path(__file__).parent / "configs"
+REQUEUE = str(Path(__file__).parent.resolve() / "slurm" / "requeue.sh")
 NOT_IN_NAME = (
     *("data_path", "dist_eval", "dist_url", "output_dir", "log_dir", "resume", "slurm", "wait"),
     *("release_dir", "release_mirror", "release_hub"),
@@ -47,62 +54,6 @@ class LaunchOptions(Options):
 
     slurm: SlurmOptions | None = None
     wait: bool = option(False, "wait for the job and return its status")
-
-
-class Job:
-    """What runs in every process of a submitted job; submitit pickles it."""
-
-    def __init__(self, options: Options, slurm: SlurmOptions) -> None:
-        self.options, self.slurm = options, slurm
-
-    def __call__(self) -> None:
-        import main
-
-        self._join()
-        try:
-            main.run(self.options)
-        except Stopped as stopped:
-            print(stopped, flush=True)
-            self._hand_back(stopped)
-
-    def checkpoint(self) -> DelayedSubmission:
-        """submitit asks for this before it requeues the job: the same again, which goes on from its checkpoint."""
-        return DelayedSubmission(self)
-
-    def _join(self) -> None:
-        """Say in torchrun's words who this process is and where the others are."""
-        job = submitit.JobEnvironment()
-        port = self.slurm.master_port or port_of_job(job.job_id)
-        os.environ.update(
-            RANK=str(job.global_rank),
-            WORLD_SIZE=str(job.num_tasks),
-            LOCAL_RANK=str(job.local_rank),
-            MASTER_ADDR=job.hostnames[0],
-            MASTER_PORT=str(port),
-        )
-        if self.slurm.ddp_comm_mode == "file":
-            attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
-            self.options.dist_url = f"file://{self.slurm.share_root}/{job.job_id}.{attempt}"
-
-    def _hand_back(self, stopped: Stopped) -> None:
-        """All processes have stopped and the checkpoint is written: now Slurm and submitit decide.
-
-        submitit requeues when its signal (USR2) arrives; its handler on the main process does that. A mere SIGTERM
-        may be the first half of that, or Slurm's own requeue or cancellation: staying until the end leaves the choice
-        to Slurm, whereas a job that exits by itself is taken for finished and not requeued.
-        """
-        job = submitit.JobEnvironment()
-        if job.name() != "slurm":
-            raise stopped
-        if job.global_rank != 0:
-            sys.exit(0)  # any other code would end the main process, which still has to requeue
-        if signal.SIGUSR2 in stopped.signals:
-            try:
-                signal.raise_signal(signal.SIGUSR2)
-            except UncompletedJobError as error:
-                raise UncompletedJobError(f"{error} {stopped}") from error
-        time.sleep(600)
-        raise stopped
 
 
 def run_dir(output_dir: str, overrides: list[str], now: str) -> str:
@@ -172,7 +123,14 @@ def submit(options: Options, slurm: SlurmOptions) -> submitit.Job:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot write to {folder}: {error.strerror}; choose another slurm.job_dir") from error
-    executor = submitit.AutoExecutor(folder, cluster=slurm.executor, slurm_max_num_timeout=slurm.requeues)
+    python = f"{shlex.quote(sys.executable)} -u {shlex.quote(submitit_job.__file__)}"
+    executor = submitit.AutoExecutor(
+        folder,
+        cluster=slurm.executor,
+        slurm_max_num_timeout=slurm.requeues,
+        slurm_python=python,
+        local_python=python,
+    )
     executor.update_parameters(
         name=slurm.job_name or options.model,
         nodes=slurm.nodes,
@@ -195,12 +153,14 @@ def submit(options: Options, slurm: SlurmOptions) -> submitit.Job:
         executor.update_parameters(
             slurm_signal_delay_s=slurm.signal_delay,
             slurm_srun_args=["--kill-on-bad-exit=1"],  # one dead process must not leave the others waiting
-            slurm_additional_parameters={"open-mode": "append", **extra},
+            slurm_setup=["trap : USR2"],  # it is meant for the processes that srun starts
+            slurm_teardown=["code=$?", f". {shlex.quote(REQUEUE)}", 'requeue_if_stopped "$code"', 'exit "$code"'],
+            slurm_additional_parameters={"open-mode": "append", "requeue": True, **extra},
             **{f"slurm_{name}": value for name, value in named.items() if value is not None},
         )
     try:
-        with redirect_stderr(io.StringIO()):  # submitit prints what it raises
-            return executor.submit(Job(options, slurm))
+        with redirect_stderr(io.StringIO()), signals_left_to_job():  # submitit prints what it raises
+            return executor.submit(submitit_job.Job(options, slurm))
     except (FailedSubmissionError, FailedJobError, OSError) as error:
         raise UsageError(refusal(str(error))) from error
 
@@ -211,6 +171,20 @@ def refusal(words: str) -> str:
         return "Slurm's controller does not answer; see scontrol ping, and submit again when it does"
     lines = (line.removeprefix("sbatch: ").strip() for line in words.splitlines())
     return f"Slurm refused the job: {'; '.join(lines)}"
+
+
+@contextmanager
+def signals_left_to_job() -> Iterator[None]:
+    """DistInfo started inside are born with Ctrl-C and hang-up blocked.
+
+    On this machine, submitit's own process would end its tasks a second after either. They get the signals themselves.
+    """
+    blocked = {signal.SIGINT, signal.SIGHUP}
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, blocked)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def wait_for(job: submitit.Job) -> None:
@@ -245,6 +219,8 @@ def launch(config: DictConfig) -> None:
 
         main.run(run)
         return
+    if PreemptionHandler.current is not None:
+        PreemptionHandler.current.hand_back()  # the job has its own
     check_launch(slurm)
     if slurm.share_root:
         slurm.share_root = str(Path(slurm.share_root).resolve())

@@ -1,5 +1,10 @@
 """Train and evaluate: python main.py --help."""
 
+from runtime.preemption import PreemptionHandler, handle_signals
+
+if __name__ == "__main__":
+    PreemptionHandler().install()  # before imports that take seconds
+
 import contextlib
 import warnings
 from collections.abc import Iterator
@@ -22,7 +27,7 @@ import models
 import utils
 from datasets import Data, build_data, pixels_for, train_transform
 from engine import Precision, Run, TrainStep, evaluate, unwrapped
-from errors import UsageError, did_you_mean, exit_on_error
+from errors import UsageError, did_you_mean, exit_on_error, explain_dead_workers
 from eval_sets import TITLES, open_eval_set
 from models.arguments import check_arguments
 from models.labels import class_names
@@ -39,13 +44,14 @@ from models.weights import (
 from models.weights.releases import Places, find_release
 from optim_factory import build_ema, build_loss, build_optimizer, build_scheduler, check_training, training_notes
 from options import Options, inert_notes, mixing, parse_args, to_plain
+from runtime import distributed
 from runtime.agreement import decide
 from runtime.checkpoint import TrainingState
+from runtime.distributed import DistInfo
 from runtime.meters import LossMeter
 from runtime.resume import find_checkpoint, go_on, how_to_go_on, name_folder, note, open_folder
 from runtime.run_folder import RunFolder
 from runtime.run_log import Progress, RunLog, describe, report, show_notices, summarise, write_options
-from utils import Processes
 
 if TYPE_CHECKING:
     from visualize.insight import Watcher
@@ -58,20 +64,21 @@ AMP_DTYPES = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 def run(options: Options) -> dict[str, Any]:
     """One run from start to end, on every process. Returns the figures of its last evaluation."""
-    processes = utils.find_processes()
-    with utils.deterministic_algorithms(options.deterministic):
+    with handle_signals(), utils.deterministic_algorithms(options.deterministic):
+        processes = distributed.find_processes()
         device = utils.choose_device(options.device, processes)
         utils.seed_everything(options.seed)
         show_notices(processes)
         try:
             check_names(options, processes)
-            with utils.process_group(processes, device, options.dist_url, COLLECTIVE_TIMEOUT):
+            group = distributed.process_group(processes, device, options.dist_url, COLLECTIVE_TIMEOUT)
+            with explain_dead_workers(), group:
                 return (evaluate_only if options.eval else train)(options, processes, device)
         except WeightsError as error:
             raise UsageError(str(error)) from error
 
 
-def evaluate_only(options: Options, processes: Processes, device: torch.device) -> dict[str, Any]:
+def evaluate_only(options: Options, processes: DistInfo, device: torch.device) -> dict[str, Any]:
     """Accuracy of a checkpoint, or of an untrained model."""
     other = None if options.eval_set == "val" else decide(lambda: open_eval_set(options), processes)
     content = load_checkpoint(options.resume) if options.resume else {}
@@ -120,7 +127,7 @@ def tell_unnamed_classes(options: Options, trained: list[str], data: Data) -> No
         note(f"{nameless} does not name its classes: they go by number")
 
 
-def train(options: Options, processes: Processes, device: torch.device) -> dict[str, Any]:
+def train(options: Options, processes: DistInfo, device: torch.device) -> dict[str, Any]:
     """Train up to `options.epochs` epochs, from scratch or from a checkpoint, evaluating after each."""
     path = name_folder(options.output_dir, options.model, processes)
     with open_folder(RunFolder(path, options.save_every, options.keep), processes) as folder:
@@ -167,7 +174,7 @@ def load_first_weights(options: Options, model: nn.Module, content: dict[str, An
     path = options.finetune or release_of(options, model)
     weights = weights_of(content or load_checkpoint(path), path, options.use_ema)
     fresh = load_to_finetune(model, without_classifier(model, weights) if other_classes else weights, path)
-    if utils.find_processes().is_main:
+    if distributed.find_processes().is_main:
         print(f"Fine-tuning from {path}" + (f"; newly initialised: {', '.join(fresh)}" if fresh else ""))
 
 
@@ -176,7 +183,7 @@ def build_step(
     model: nn.Module,
     ema: ModelEmaV3 | None,
     data: Data,
-    processes: Processes,
+    processes: DistInfo,
     device: torch.device,
 ) -> TrainStep:
     """What updates the weights."""
@@ -281,7 +288,7 @@ def check_model_name(name: str, option: str) -> None:
         raise UsageError(f"unknown {option} {name!r}; {remedy}")
 
 
-def check_names(options: Options, processes: Processes) -> None:
+def check_names(options: Options, processes: DistInfo) -> None:
     """UsageError, before any data is read, for names and rates that only libraries or the process count can judge."""
     check_model_name(options.model, "--model")
     if options.eval:
@@ -320,7 +327,7 @@ def _create_model(options: Options, arguments: dict[str, Any]) -> nn.Module:
             raise UsageError(
                 f"--drop_path {options.drop_path}: {options.model} has no stochastic depth; leave the option out"
             ) from error
-        if options.drop_path and utils.find_processes().is_main:
+        if options.drop_path and distributed.find_processes().is_main:
             note(f"{options.model} has no stochastic depth: --drop_path {options.drop_path} has no effect")
         return _create_model(options, {name: arguments[name] for name in arguments if name != "drop_path_rate"})
     except (ValueError, RuntimeError) as error:
@@ -345,7 +352,7 @@ def without_classifier(model: nn.Module, weights: dict[str, Tensor]) -> dict[str
     return {name: value for name, value in weights.items() if not name.startswith(prefixes)}
 
 
-def distribute(model: nn.Module, processes: Processes, options: Options, precision: Precision) -> nn.Module:
+def distribute(model: nn.Module, processes: DistInfo, options: Options, precision: Precision) -> nn.Module:
     """The model wrapped so that all processes train it together, if there are several.
 
     In its first backward pass DistributedDataParallel learns in which order gradients arrive, and then packs them
@@ -432,7 +439,7 @@ def build_mixup(options: Options, num_classes: int) -> Mixup | None:
     )
 
 
-def build_watcher(options: Options, data: Data, model: nn.Module, processes: Processes) -> "Watcher | None":
+def build_watcher(options: Options, data: Data, model: nn.Module, processes: DistInfo) -> "Watcher | None":
     """What looks at the attention for --log_attention, on the main process. UsageError if there is none to see."""
     if not options.log_attention:
         return None

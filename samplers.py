@@ -12,7 +12,8 @@ from torch.utils.data import Sampler
 
 from errors import UsageError
 from options import Options
-from utils import Processes, unite_seeds
+from runtime.distributed import DistInfo
+from utils import unite_seeds
 
 REPEATS = 3
 """Views of one image under repeated augmentation (Hoffer et al., arXiv 1902.05509)."""
@@ -35,7 +36,7 @@ class TrainSampler(Sampler):
     epoch ends after as many images as the dataset has, rounded down to a multiple of 256 as published.
     """
 
-    def __init__(self, size: int, total_batch: int, options: Options, processes: Processes) -> None:
+    def __init__(self, size: int, total_batch: int, options: Options, processes: DistInfo) -> None:
         self.size, self.seed = size, options.seed
         self.repeats = REPEATS if options.repeated_aug else 1
         stream = size // 256 * 256 if options.repeated_aug and size >= 256 else size
@@ -65,7 +66,7 @@ class TrainSampler(Sampler):
 class EvalSampler(Sampler):
     """Every image once: all of them, or every `world_size`-th when the evaluation is split. Nothing is padded."""
 
-    def __init__(self, size: int, processes: Processes, split: bool) -> None:
+    def __init__(self, size: int, processes: DistInfo, split: bool) -> None:
         self.indices = range(processes.rank, size, processes.world_size) if split else range(size)
 
     def __len__(self) -> int:

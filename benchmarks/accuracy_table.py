@@ -22,7 +22,8 @@ from models.weights import WeightsError
 from models.weights.releases import RELEASES, Places, find_release, here
 from models.weights.sources import sha256_of
 from options import Options, parse_args
-from utils import choose_device, find_processes, process_group
+from runtime.distributed import find_processes, process_group
+from utils import choose_device
 
 from .markdown import replace_between, table
 

@@ -26,6 +26,7 @@ import utils
 from dense import FeaturePyramid
 from errors import UsageError, exit_on_error
 from ops.backend import BACKENDS
+from runtime import distributed
 
 from .markdown import table
 from .measure import (
@@ -155,7 +156,7 @@ def all_attentions(models: Iterable[str], batch_size: int, dense: bool) -> dict[
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """One row per attention, direction and backend, as JSON takes it."""
-    device = utils.choose_device(args.device, utils.Processes())
+    device = utils.choose_device(args.device, distributed.DistInfo())
     torch.set_num_threads(args.threads)
     defaults = DEFAULTS.get(device.type, DEFAULTS["cpu"])
     dtype_name = args.dtype or defaults.dtype

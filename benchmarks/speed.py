@@ -28,6 +28,7 @@ import torch
 import utils
 from errors import UsageError, did_you_mean, exit_on_error
 from ops.backend import BACKENDS, choose_backend
+from runtime import distributed
 
 from . import plots, report
 from .measure import DTYPES, RESULTS, copy_bandwidth, describe_machine, interleaved_seconds, matrix_rate, write_result
@@ -197,7 +198,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Everything asked for, as one dictionary that JSON takes."""
     check(args)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses to be deterministic
-    device = utils.choose_device(args.device, utils.Processes())
+    device = utils.choose_device(args.device, distributed.DistInfo())
     torch.set_num_threads(args.threads)
     cases = plan(args, device)
     rate = matrix_rate(device, DTYPES[cases[0].dtype])

@@ -5,14 +5,14 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from errors import TryAgain, UsageError
+from errors import TemporaryFailure, UsageError
 from models.weights import WeightsError
-from utils import Processes, broadcast_object
+from runtime.distributed import DistInfo, broadcast_object
 
 T = TypeVar("T")
 
 
-def decide(choose: Callable[[], T], processes: Processes) -> T:
+def decide(choose: Callable[[], T], processes: DistInfo) -> T:
     """Return on every process what `choose` returns on the main one; what it raises for users is raised on all."""
     answer = _attempt(choose) if processes.is_main else None
     value, problem = broadcast_object(answer, processes)
@@ -21,7 +21,7 @@ def decide(choose: Callable[[], T], processes: Processes) -> T:
     return value
 
 
-def together(action: Callable[[], T], processes: Processes) -> T:
+def together(action: Callable[[], T], processes: DistInfo) -> T:
     """Return what `action` returns on this process; what it raises for users on any is raised on all."""
     value, problem = _attempt(action)
     for rank, each in enumerate(gather(problem, processes)):
@@ -30,7 +30,7 @@ def together(action: Callable[[], T], processes: Processes) -> T:
     return value
 
 
-def check_same(facts: dict[str, Any], processes: Processes) -> None:
+def check_same(facts: dict[str, Any], processes: DistInfo) -> None:
     """Raise UsageError on every process if one of them holds other facts than the main process."""
     ours = gather(facts, processes)
     for rank, theirs in enumerate(ours):
@@ -43,16 +43,16 @@ def check_same(facts: dict[str, Any], processes: Processes) -> None:
                 )
 
 
-def _attempt(action: Callable[[], T]) -> tuple[T | None, UsageError | TryAgain | None]:
+def _attempt(action: Callable[[], T]) -> tuple[T | None, UsageError | TemporaryFailure | None]:
     try:
         return action(), None
-    except (UsageError, TryAgain) as error:
+    except (UsageError, TemporaryFailure) as error:
         return None, error
     except WeightsError as error:
         return None, UsageError(str(error))
 
 
-def gather(value: T, processes: Processes) -> list[T]:
+def gather(value: T, processes: DistInfo) -> list[T]:
     """Return the values of all processes, in their order."""
     if not processes.distributed:
         return [value]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from errors import NonFiniteLoss
-from utils import Processes, all_reduce_sum
+from runtime.distributed import DistInfo, all_reduce_sum
 
 DIVERGED = "the last good checkpoint is kept. Try a lower --lr, --clip_grad 5 or --amp bf16"
 
@@ -18,7 +18,7 @@ def check_weights(model: nn.Module, epoch: int) -> None:
 class LossMeter:
     """Mean of an epoch's losses, kept on the device so that adding to it waits for nothing."""
 
-    def __init__(self, device: torch.device, processes: Processes) -> None:
+    def __init__(self, device: torch.device, processes: DistInfo) -> None:
         self.processes = processes
         dtype = torch.float32 if device.type == "mps" else torch.float64
         self.sums = torch.zeros(2, dtype=dtype, device=device)  # of losses, and how many

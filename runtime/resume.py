@@ -13,11 +13,11 @@ from errors import UsageError
 from models.weights import load_checkpoint
 from runtime.agreement import check_same, decide, together
 from runtime.checkpoint import TrainingState
+from runtime.distributed import DistInfo
 from runtime.run_folder import RunFolder
-from utils import Processes
 
 
-def name_folder(output_dir: str, model: str, processes: Processes) -> Path:
+def name_folder(output_dir: str, model: str, processes: DistInfo) -> Path:
     """--output_dir, or a folder named by model and time."""
     if not output_dir and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
         raise UsageError("--max-restarts needs --output_dir, so that restarted processes find their checkpoint")
@@ -25,7 +25,7 @@ def name_folder(output_dir: str, model: str, processes: Processes) -> Path:
 
 
 @contextlib.contextmanager
-def open_folder(folder: RunFolder, processes: Processes) -> Iterator[RunFolder]:
+def open_folder(folder: RunFolder, processes: DistInfo) -> Iterator[RunFolder]:
     """The main process holds the folder during the block. UsageError on all processes if another run does."""
     decide(folder.open, processes)
     try:
@@ -35,7 +35,7 @@ def open_folder(folder: RunFolder, processes: Processes) -> Iterator[RunFolder]:
 
 
 def find_checkpoint(
-    folder: RunFolder, resume: str, auto_resume: bool, processes: Processes
+    folder: RunFolder, resume: str, auto_resume: bool, processes: DistInfo
 ) -> tuple[dict[str, Any], Path] | None:
     """The newest checkpoint of the run's folder, else that of --resume, and its path. None if there is neither."""
     found = None
@@ -60,7 +60,7 @@ def go_on(
     checkpoint: dict[str, Any],
     path: Path,
     folder: RunFolder,
-    processes: Processes,
+    processes: DistInfo,
     midway: bool = True,
 ) -> None:
     """Take the state from a checkpoint. UsageError if it does not fit, or if the processes would not go on alike.
@@ -82,7 +82,7 @@ def go_on(
         print(f"Continuing from {path}: epoch {state.epoch + 1}, image {state.position}{owed}")
 
 
-def how_to_go_on(folder: Path, program: Path, processes: Processes) -> str:
+def how_to_go_on(folder: Path, program: Path, processes: DistInfo) -> str:
     """A command that goes on with the run of a folder."""
     command = f"python {os.path.relpath(program)} --recipe {shlex.quote(str(folder / 'options.yaml'))}"
     return f"To go on{', with the same launcher' if processes.distributed else ''}: {command}"

@@ -28,7 +28,8 @@ from datasets import Data
 from errors import UsageError
 from options import RECIPES, Options, to_plain
 from runtime.checkpoint import BEST, LAST, TrainingState
-from utils import Processes, count_parameters, format_seconds, peak_memory
+from runtime.distributed import DistInfo
+from utils import count_parameters, format_seconds, peak_memory
 
 POINTS_PER_EPOCH = 1000
 """TensorBoard's step for an epoch of training scalars, so that curves of different batch sizes line up."""
@@ -261,7 +262,7 @@ class _Notices(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-def show_notices(processes: Processes) -> None:
+def show_notices(processes: DistInfo) -> None:
     """Have the main process print what modules log for users to know: which backend the attention runs on."""
     logger = logging.getLogger("ops")
     logger.setLevel(logging.INFO if processes.is_main else logging.WARNING)
@@ -276,7 +277,7 @@ def write_options(options: Options, folder: Path) -> None:
     (folder / "options.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
 
 
-def report(metrics: dict[str, Any], processes: Processes, prefix: str = "") -> None:
+def report(metrics: dict[str, Any], processes: DistInfo, prefix: str = "") -> None:
     """Print an evaluation's figures as the published scripts do, in two lines."""
     if processes.is_main:
         print(f"{prefix}* Acc@1 {metrics['acc1']:.3f} Acc@5 {metrics['acc5']:.3f} loss {metrics['loss']:.3f}")
@@ -284,7 +285,7 @@ def report(metrics: dict[str, Any], processes: Processes, prefix: str = "") -> N
         print(f"{prefix}Accuracy of the network on the {images} test images: {accuracy:.1f}%", flush=True)
 
 
-def describe(options: Options, data: Data, model: nn.Module, device: torch.device, processes: Processes) -> None:
+def describe(options: Options, data: Data, model: nn.Module, device: torch.device, processes: DistInfo) -> None:
     """Print what is about to be trained."""
     millions = count_parameters(model) / 1e6
     print(f"{options.model}, {millions:.2f} M parameters, {data.num_classes} classes, on {device}")

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from errors import TryAgain
+from errors import TemporaryFailure
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ def is_transient(error: BaseException | None) -> bool:
 
 
 def read_patiently(read: Callable[[], T], what: str) -> T:
-    """Call `read`, again after growing pauses while the storage fails; in the end TryAgain, which names `what`."""
+    """Call `read`, again after growing pauses while the storage fails; TemporaryFailure, naming `what`, in the end."""
     for pause in (*PAUSES, None):
         try:
             return read()
@@ -37,6 +37,6 @@ def read_patiently(read: Callable[[], T], what: str) -> T:
             if not is_transient(error):
                 raise
             if pause is None:
-                raise TryAgain(f"cannot read {what}: the storage fails ({error})") from error
+                raise TemporaryFailure(f"cannot read {what}: the storage fails ({error})") from error
             time.sleep(pause)
     raise AssertionError

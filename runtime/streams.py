@@ -11,8 +11,9 @@ from PIL import Image
 from timm.data.readers.shared_count import SharedCount
 from torch.utils.data import IterableDataset, get_worker_info
 
-from errors import TryAgain, UsageError
-from utils import Processes, seeded, unite_seeds
+from errors import TemporaryFailure, UsageError
+from runtime.distributed import DistInfo
+from utils import seeded, unite_seeds
 
 from .images import MAX_PIXELS, ImageRefused, open_rgb, to_rgb
 from .storage import is_transient
@@ -54,7 +55,7 @@ class Stream(IterableDataset):
             return self.reader.builder.as_streaming_dataset(split=self.reader.split).num_shards
         return None
 
-    def usable_workers(self, wanted: int, processes: Processes) -> int:
+    def usable_workers(self, wanted: int, processes: DistInfo) -> int:
         """At most `wanted` workers, so that each has a shard. UsageError if there are fewer shards than processes."""
         shards = self.shards
         if shards is None:
@@ -67,7 +68,7 @@ class Stream(IterableDataset):
             )
         return min(wanted, share)
 
-    def split(self, processes: Processes, workers: int) -> None:
+    def split(self, processes: DistInfo, workers: int) -> None:
         """Take this process's share of the stream, to be read by `workers`."""
         self.reader.dist_rank, self.reader.dist_num_replicas = processes.rank, processes.world_size
         self.reader.set_loader_cfg(num_workers=workers)
@@ -120,7 +121,7 @@ class Stream(IterableDataset):
             raise
         except Exception as error:  # of a torn shard, webdataset raises almost anything
             if is_transient(error):
-                raise TryAgain(f"the storage of --data_set {self.name} fails ({error})") from error
+                raise TemporaryFailure(f"the storage of --data_set {self.name} fails ({error})") from error
             reason = f"{type(error).__name__}: {error}"
             raise UsageError(f"--data_set {self.name}: a shard is damaged ({reason}); repair or remove it") from error
 

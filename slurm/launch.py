@@ -5,8 +5,9 @@ srun starts this once per node; see train.sbatch. Arguments are torchrun's, then
     srun python slurm/launch.py --nnodes=2 --nproc_per_node=8 --master_addr=... --master_port=... main.py ...
 
 Slurm signals every process of a job step, and a rank that has saved its work says so with its exit code. torchrun by
-itself loses both: SIGUSR2 kills it, SIGTERM makes it exit with 1, and so does any exit code of a rank. Here, SIGTERM
-and SIGUSR2 are the ranks' business, and the exit code is that of the first rank that failed (128 + n for signal n).
+itself loses both: SIGUSR2 kills it, other signals make it end the ranks within 30 seconds, and it exits with 1 whatever
+the exit code of a rank. Here, stop signals are the ranks' business, and the exit code is that of the first rank that
+failed: 75 if it was stopped, 128 + n if signal n killed it.
 """
 
 from __future__ import annotations
@@ -16,26 +17,66 @@ import signal
 import sys
 from collections.abc import Sequence
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
+SECONDS_BETWEEN_SIGNALS = 5
+
+
+class Forwarder:
+    """Passes stop signals on to the ranks, again and again until they end; without ranks yet, ends this process.
+
+    Slurm signals the ranks, too. But between fork and exec of a rank, a signal is lost.
+    """
+
+    def __init__(self) -> None:
+        self.started = False
+        self.number = signal.SIGUSR2
+
+    def install(self) -> None:
+        for number in (*STOP_SIGNALS, signal.SIGALRM):
+            signal.signal(number, self.handle)
+        sys.addaudithook(self.look_for_ranks)
+
+    def look_for_ranks(self, event: str, args: tuple) -> None:
+        if event == "subprocess.Popen" and "LOCAL_RANK" in (args[3] or ()):
+            self.started = True
+
+    def handle(self, number: int, *_: object) -> None:
+        if not self.started:
+            os._exit(os.EX_TEMPFAIL)
+        if number in STOP_SIGNALS and number != signal.SIGINT:  # a second Ctrl-C would end a rank at once
+            self.number = number
+        with open(f"/proc/self/task/{os.getpid()}/children") as file:
+            ranks = file.read().split()
+        for rank in ranks:
+            os.kill(int(rank), self.number)
+        signal.alarm(SECONDS_BETWEEN_SIGNALS)
+
 
 def main(argv: Sequence[str]) -> int:
     """Run torchrun as this job step's task on node SLURM_NODEID; returns the exit code."""
-    for signum in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(signum, lambda *_: None)  # not SIG_IGN, which the ranks would inherit
-
+    Forwarder().install()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own choice, less its warning
     # Imported only now, because it takes seconds, and a signal may come.
     from torch.distributed import run
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     try:
-        run.main(["--node_rank", os.environ["SLURM_NODEID"], "--signals_to_handle", "SIGINT", *argv])
+        # torchrun shall handle none of these signals; it wants to be given one.
+        run.main(["--node_rank", os.environ["SLURM_NODEID"], "--signals_to_handle", "SIGQUIT", *argv])
     except ChildFailedError as error:
         _, failure = error.get_first_failure()
+        if -failure.exitcode in STOP_SIGNALS:  # it had not begun
+            return os.EX_TEMPFAIL
         if failure.exitcode != os.EX_TEMPFAIL:
             print(error, file=sys.stderr)
         return failure.exitcode if failure.exitcode >= 0 else 128 - failure.exitcode
+    finally:
+        signal.alarm(0)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    for signum in STOP_SIGNALS:  # the outcome is known
+        signal.signal(signum, signal.SIG_IGN)
+    sys.exit(code)

@@ -290,6 +290,7 @@ class LocalCluster:
         # - A requeued job waits until its old credentials have expired: 5 s is the least allowed, 120 s the default.
         # - FirstJobId is random, so that files named after a job of an earlier cluster are not taken for this one's.
         # - config_overrides believes the CPUs and memory above, whatever the machine has.
+        # - SlurmdTimeout=0, long time-outs: on a busy machine daemons answer late, and none shall be taken for dead.
         # - preempt_send_user_signal: a job that asked for a signal (--signal) gets that one when it is preempted.
         return f"""\
 ClusterName=local
@@ -330,6 +331,9 @@ ReturnToService=2
 JobRequeue=1
 KillWait=5
 CompleteWait=0
+SlurmdTimeout=0
+MessageTimeout=60
+TCPTimeout=30
 MinJobAge=3600
 
 GresTypes=gpu

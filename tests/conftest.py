@@ -15,7 +15,7 @@ pytest_plugins = ["released"]
 
 
 def pytest_configure():
-    # Processes of torch that share cores wait actively for each other; one thread each is faster.
+    # DistInfo of torch that share cores wait actively for each other; one thread each is faster.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
 

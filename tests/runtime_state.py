@@ -8,9 +8,9 @@ from engine import Precision
 from optim_factory import build_optimizer
 from options import Options
 from runtime.checkpoint import TrainingState
+from runtime.distributed import DistInfo
 from runtime.meters import LossMeter
 from runtime.run_log import RunLog
-from utils import Processes
 
 CPU = torch.device("cpu")
 RECORD = {"epoch": 0, "train_loss": 1.0, "train_lr": 0.1, "test_acc1": 50.0, "n_parameters": 3, "seconds": 1.5}
@@ -25,7 +25,7 @@ def state_of(opt: str = "adamw", **changes) -> TrainingState:
         model,
         build_optimizer(model, options, total_batch=8),
         Precision(CPU).scaler,
-        meter=LossMeter(CPU, Processes()),
+        meter=LossMeter(CPU, DistInfo()),
         history=RunLog(None, None),
         args={"model": "debiformer_nano", "opt": opt},
         classes=["cat", "dog", "owl", "pig"],

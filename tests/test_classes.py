@@ -4,20 +4,20 @@ import shutil
 
 import pytest
 import torch
+from checkpoint import BEST, LAST
 from support import CLASSES, SMALL_RUN, complaint, write_images
 from timm.data import ImageNetInfo
 
 import main
-from checkpoint import BEST, LAST
 from datasets import build_data
 from models.labels import class_names
 from options import parse_args
+from runtime.distributed import DistInfo
 from tools.loading import load_model
 from tools.predict import predict
-from utils import Processes
 
 CPU = torch.device("cpu")
-ALONE = Processes()
+ALONE = DistInfo()
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,10 @@ import datasets
 from datasets import Cifar100, Digits, Transformed, build_data, eval_transform
 from errors import UsageError
 from options import Options, parse_args
+from runtime.distributed import DistInfo
 from samplers import EvalSampler, Key, TrainSampler
-from utils import Processes
 
-ALONE = Processes()
+ALONE = DistInfo()
 CPU = torch.device("cpu")
 
 
@@ -34,7 +34,7 @@ def stream(size, total_batch, world_size, epoch=0, start=0, repeated_aug=False, 
     options = Options(repeated_aug=repeated_aug, seed=seed)
     shares = []
     for rank in range(world_size):
-        sampler = TrainSampler(size, total_batch, options, Processes(rank, world_size))
+        sampler = TrainSampler(size, total_batch, options, DistInfo(rank, world_size))
         sampler.place(epoch, start)
         assert len(sampler) == len(list(sampler))
         shares.append(list(sampler))
@@ -80,7 +80,7 @@ def test_too_few_images_for_a_batch_is_said():
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_split_evaluation_counts_every_image_once(world_size):
-    shares = [EvalSampler(1797, Processes(rank, world_size), split=True) for rank in range(world_size)]
+    shares = [EvalSampler(1797, DistInfo(rank, world_size), split=True) for rank in range(world_size)]
     indices = [key.index for share in shares for key in share]
     assert sorted(indices) == list(range(1797))
 
@@ -308,7 +308,7 @@ def test_broken_annotations(tmp_path):
 
 
 def test_watched_images_are_spread_over_the_evaluation_data(small_options):
-    data = build_data(small_options(), Processes(), torch.device("cpu"))
+    data = build_data(small_options(), DistInfo(), torch.device("cpu"))
     images = data.watched(4)
     assert images.shape == (4, 3, 32, 32)
     assert torch.equal(images, data.watched(4))

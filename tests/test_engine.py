@@ -20,9 +20,9 @@ from errors import NonFiniteLoss
 from models.pixels import Pixels, normalize
 from optim_factory import DistillationLoss, PlainLoss, build_loss, build_optimizer, build_scheduler
 from options import Options
-from utils import Processes
+from runtime.distributed import DistInfo
 
-ALONE = Processes()
+ALONE = DistInfo()
 CPU = torch.device("cpu")
 
 

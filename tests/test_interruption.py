@@ -5,7 +5,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import kill_often
@@ -35,9 +34,7 @@ def on_two(shared_images, tmp_path):
 
 
 def test_a_failing_process_shows_its_own_traceback_and_ends_the_others(on_two):
-    began = time.monotonic()
     done = command(*TORCHRUN, "--nproc_per_node=2", "tests/fail_midway.py", *on_two("run"))
-    assert time.monotonic() - began < 60
     assert done.returncode == 1
     before, _, after = done.stderr.partition("ZeroDivisionError: a mistake in somebody's code")
     assert before.count("Traceback") == 1
@@ -62,7 +59,7 @@ def test_torchrun_restarts_interrupted_processes_midway_the_epoch(on_two, tmp_pa
         if line.startswith("epoch 1/2  update 2/3") and not any("Continuing" in earlier for earlier in printed):
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             os.kill(int(children[-1]), signal.SIGTERM)
-    assert process.wait(60) == 0
+    assert process.wait(300) == 0
     assert any(re.search("Continuing from .*: epoch 1, image [1-9]", line) for line in printed)
     assert kill_often.same_weights(tmp_path / "whole", tmp_path / "run")
 
@@ -71,6 +68,59 @@ def test_torchrun_restarts_need_a_folder(shared_images):
     run = ["--max-restarts=1", "--nproc_per_node=1", "main.py", *SMALL_RUN, "--data_path", shared_images]
     done = command(*TORCHRUN, *run)
     assert "main.py: error: --max-restarts needs --output_dir" in done.stderr
+
+
+SECONDS_TO_SAVE = float(os.environ.get("SECONDS_TO_SAVE", 35))  # torchrun kills after 30
+
+
+def children(pid):
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signalled", ["ranks", "torchrun"])
+def test_torchrun_waits_for_a_slow_checkpoint(on_two, tmp_path, signalled):
+    """Signalled itself, it needs to be told how long."""
+    environment = {"SLOW_SAVE": str(SECONDS_TO_SAVE), "PYTHONPATH": f"{ROOT}/tests/slow_site"}
+    if signalled == "torchrun":
+        environment["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = "600"
+    run = map(str, [*TORCHRUN, "--nproc_per_node=2", "main.py", *on_two("run"), "--print_freq", 1, "--epochs", 1000])
+    process = subprocess.Popen(
+        [sys.executable, *run],
+        cwd=ROOT,
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("epoch 1/1000  update 2/3"):
+            break
+    for pid in children(process.pid) if signalled == "ranks" else [process.pid]:
+        os.kill(pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=600)
+    assert "stopped; checkpoint in" in errors
+    assert load_checkpoint(tmp_path / "run" / LAST)["position"] > 0
+    assert list((tmp_path / "run").glob(".*.tmp")) == []
+
+
+def test_killed_loader_is_told_in_one_line_and_may_be_tried_again(shared_images, tmp_path):
+    run = [*SMALL_RUN, "--data_path", shared_images, "--output_dir", tmp_path / "run"]
+    process = subprocess.Popen(
+        [sys.executable, "main.py", *map(str, run), "--num_workers", "1", "--epochs", "1000"],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line.startswith("epoch 2/1000"):
+            break
+    os.kill(children(process.pid)[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 75, errors
+    assert errors.splitlines()[-1].startswith("main.py: error: a process that loads images was killed (Killed)")
+    assert "Traceback" not in errors
 
 
 def recorded(path):
@@ -98,7 +148,7 @@ def test_another_number_of_processes_goes_on_at_the_same_image(shared_images, tm
         if line.startswith("epoch 1/1000  update 2/6"):
             break
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
+    process.communicate(timeout=300)
     stopped = load_checkpoint(tmp_path / "run" / LAST)
     assert (stopped["epoch"], 0 < stopped["position"] < 48) == (0, True)
 

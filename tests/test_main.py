@@ -23,7 +23,8 @@ from errors import NonFiniteLoss, Stopped, UsageError
 from models import DeBiFormer
 from models.weights import load_checkpoint
 from runtime.checkpoint import BEST, LAST
-from utils import Processes, Request, Requests
+from runtime.distributed import DistInfo
+from runtime.preemption import Request, handle_signals
 
 TIMINGS = ("seconds",)
 
@@ -434,9 +435,10 @@ def test_closing_the_terminal_leaves_a_checkpoint(shared_images, tmp_path):
 def test_under_nohup_a_closed_terminal_changes_nothing():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with Requests(Processes()) as requests:
+        with handle_signals() as handler:
+            handler.begin_training(DistInfo())
             signal.raise_signal(signal.SIGHUP)
-            assert requests.agree() == Request.NOTHING
+            assert handler.sync() == Request.NOTHING
     finally:
         signal.signal(signal.SIGHUP, before)
 

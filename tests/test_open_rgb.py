@@ -11,11 +11,11 @@ from support import SMALL_RUN, command, complaint
 
 import runtime.storage
 from datasets import ImageFiles, Transformed, build_data
-from errors import TryAgain, UsageError, exit_on_error
+from errors import TemporaryFailure, UsageError, exit_on_error
 from options import parse_args
+from runtime.distributed import DistInfo
 from runtime.images import ImageRefused, open_rgb
 from samplers import Key
-from utils import Processes
 from visualize.images import open_image
 
 CPU = torch.device("cpu")
@@ -74,7 +74,7 @@ def test_images_of_excessive_size_are_refused_before_they_are_decoded(tmp_path, 
 
 def test_the_bound_on_pixels_is_an_option(image_folder):
     options = ["--data_path", str(image_folder), "--no_repeated_aug", "--max_image_pixels"]
-    data = build_data(parse_args([*SMALL_RUN, *options, "1000"]), Processes(), CPU)
+    data = build_data(parse_args([*SMALL_RUN, *options, "1000"]), DistInfo(), CPU)
     with pytest.raises(UsageError, match=r"has 44x40 pixels, more than 1,000 in all; shrink it \(--max_image_pixels\)"):
         next(iter(data.train))
 
@@ -133,7 +133,7 @@ def test_storage_that_goes_on_failing_ends_the_run_to_be_tried_again(
     image = image_folder / "train" / "cat" / "0.png"
     failing_image.rename(image.with_name("0.png"))
     options = parse_args([*SMALL_RUN, "--data_path", str(image_folder), "--num_workers", workers])
-    data = build_data(options, Processes(), CPU)
+    data = build_data(options, DistInfo(), CPU)
     with pytest.raises(SystemExit) as end:
         exit_on_error("main.py", lambda: list(data.train))
     assert end.value.code == 75
@@ -149,5 +149,5 @@ def test_a_missing_image_is_not_waited_for(tmp_path, monkeypatch):
 
 def test_what_failed_is_named(monkeypatch):
     monkeypatch.setattr(runtime.storage, "PAUSES", ())
-    with pytest.raises(TryAgain, match="the storage fails"):
+    with pytest.raises(TemporaryFailure, match="the storage fails"):
         runtime.storage.read_patiently(lambda: os.read(os.open("/proc/self/mem", os.O_RDONLY), 1), "it")

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+from checkpoint import LAST
 from PIL import Image
 from support import complaint
 from timm.data import create_transform, resolve_data_config
@@ -12,7 +13,6 @@ from torch import nn
 
 import main
 import models
-from checkpoint import LAST
 from datasets import eval_transform, pixels_for
 from models.pixels import Pixels, Teacher, denormalize, normalize, pixels_of
 from options import parse_args

@@ -14,8 +14,8 @@ from support import SMALL_RUN, command
 from datasets import build_data
 from errors import UsageError
 from options import parse_args
+from runtime.distributed import DistInfo
 from runtime.streams import Stream
-from utils import Processes
 
 pytest.importorskip("webdataset")
 
@@ -55,7 +55,7 @@ def epoch_of(data, epoch):
 
 
 def test_shards_are_trained_on_and_evaluated_whole(tmp_path):
-    data = build_data(options_for(write_shards(tmp_path, 2)), Processes(), CPU)
+    data = build_data(options_for(write_shards(tmp_path, 2)), DistInfo(), CPU)
     assert data.updates == 12
     data.place(0)
     images, targets = next(iter(data.train))
@@ -67,7 +67,7 @@ def test_shards_are_trained_on_and_evaluated_whole(tmp_path):
 
 def test_an_epoch_of_a_stream_is_the_same_when_it_begins_again(tmp_path):
     write_shards(tmp_path, 2)
-    went_on, begun_again = (build_data(options_for(tmp_path), Processes(), CPU) for _ in range(2))
+    went_on, begun_again = (build_data(options_for(tmp_path), DistInfo(), CPU) for _ in range(2))
     first = epoch_of(went_on, 0)
     second = epoch_of(went_on, 1)
     torch.manual_seed(5)
@@ -77,7 +77,7 @@ def test_an_epoch_of_a_stream_is_the_same_when_it_begins_again(tmp_path):
 
 def test_processes_and_workers_draw_other_random_numbers(tmp_path):
     """One shard for all, so that they see the same images."""
-    stream = build_data(options_for(write_shards(tmp_path, 1)), Processes(), CPU).train.dataset
+    stream = build_data(options_for(write_shards(tmp_path, 1)), DistInfo(), CPU).train.dataset
     stream.transform = lambda image: float(np.random.rand()) + float(torch.rand(()))
     drawn = set()
     for rank in range(2):
@@ -89,17 +89,17 @@ def test_processes_and_workers_draw_other_random_numbers(tmp_path):
 
 
 def test_no_more_workers_than_shards_for_each_process(tmp_path):
-    stream = build_data(options_for(write_shards(tmp_path, 5)), Processes(), CPU).train.dataset
+    stream = build_data(options_for(write_shards(tmp_path, 5)), DistInfo(), CPU).train.dataset
     assert isinstance(stream, Stream)
-    assert [stream.usable_workers(10, Processes(0, world)) for world in (1, 2, 3)] == [5, 2, 1]
-    assert stream.usable_workers(1, Processes(0, 2)) == 1
+    assert [stream.usable_workers(10, DistInfo(0, world)) for world in (1, 2, 3)] == [5, 2, 1]
+    assert stream.usable_workers(1, DistInfo(0, 2)) == 1
     with pytest.raises(UsageError, match="has 5 shards for 6 processes; write more shards, or start fewer"):
-        stream.usable_workers(10, Processes(0, 6))
+        stream.usable_workers(10, DistInfo(0, 6))
 
 
 def test_a_stream_of_one_shard_trains_all_updates_with_two_workers(tmp_path):
     options = options_for(write_shards(tmp_path, 1), "--num_workers", 2)
-    data = build_data(options, Processes(), CPU)
+    data = build_data(options, DistInfo(), CPU)
     assert data.train.num_workers == 1
     assert len(epoch_of(data, 0)) == data.updates == 12
 
@@ -131,7 +131,7 @@ def test_unusable_samples_are_named(tmp_path, content, words):
                 entry.size = len(value)
                 shard.addfile(entry, io.BytesIO(value))
     with pytest.raises(UsageError, match=words) as error:
-        epoch_of(build_data(options_for(tmp_path), Processes(), CPU), 0)
+        epoch_of(build_data(options_for(tmp_path), DistInfo(), CPU), 0)
     assert "\n" not in str(error.value)
 
 
@@ -139,4 +139,4 @@ def test_a_torn_shard_is_named(tmp_path):
     shard = write_shards(tmp_path, 1) / "images-train-0000.tar"
     shard.write_bytes(shard.read_bytes()[:5000])
     with pytest.raises(UsageError, match=r"a shard is damaged .*images-train-0000\.tar"):
-        epoch_of(build_data(options_for(tmp_path), Processes(), CPU), 0)
+        epoch_of(build_data(options_for(tmp_path), DistInfo(), CPU), 0)

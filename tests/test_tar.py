@@ -13,8 +13,8 @@ from support import CLASSES, SMALL_RUN, command, complaint
 import runtime.tar
 from datasets import build_data
 from options import parse_args
+from runtime.distributed import DistInfo
 from runtime.tar import TarFiles
-from utils import Processes
 
 CPU = torch.device("cpu")
 SUFFIXES = (".png",)
@@ -41,7 +41,7 @@ def test_a_tar_file_is_read_as_the_folder_it_was_made_of(image_folder, tmp_path,
             (image_folder / split / name).rename(image_folder / split / f"class{(2, 10, 1, 9)[number]}")
     pack(image_folder, tmp_path / "packed", arcname)
     options = (options_for("IMNET", image_folder), options_for("TAR", tmp_path / "packed"))
-    folder, tar = (build_data(given, Processes(), CPU) for given in options)
+    folder, tar = (build_data(given, DistInfo(), CPU) for given in options)
     assert folder.classes == tar.classes == ["class1", "class10", "class2", "class9"]
     for a, b in ((folder.train, tar.train), (folder.val, tar.val)):
         for (images, targets), (same, numbers) in zip(a, b, strict=True):
@@ -134,4 +134,4 @@ def test_unusable_tar_files_get_one_line(shared_images, tmp_path):
     with tarfile.open(path, "w") as tar:
         tar.add(shared_images / "train" / "cat" / "0.png", arcname="0.png")
     options = options_for("TAR", tmp_path)
-    assert "must hold class folders" in complaint(build_data, options, Processes(), CPU)
+    assert "must hold class folders" in complaint(build_data, options, DistInfo(), CPU)

@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 import timm
 import torch
+from checkpoint import BEST, LAST
 from PIL import Image, ImageDraw
 from support import ROOT, SMALL_RUN, command, complaint
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import main
-from checkpoint import BEST, LAST
 from engine import LossMeter, Precision, Stepper
 from models.weights import load_checkpoint
 from optim_factory import build_ema, build_optimizer, build_scheduler, check_training, training_notes
 from options import Options, load_recipe, parse_args
-from utils import Processes
+from runtime.distributed import DistInfo
 
 CPU = torch.device("cpu")
 
@@ -134,14 +134,14 @@ def averaged(warmup, updates, decay):
     flat = nn.Sequential(nn.Flatten(), model)
     ema.module = nn.Sequential(nn.Flatten(), ema.module)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    stepper = Stepper(flat, loss_fn, optimizer, Precision(CPU), Processes(), ema=ema, updates=2)
+    stepper = Stepper(flat, loss_fn, optimizer, Precision(CPU), DistInfo(), ema=ema, updates=2)
     averages, weights = [], [model.weight.detach().clone()]
     for update in range(updates):
         stepper.step(
             [(torch.randn(4, 2, 1, 1), torch.tensor([0, 1, 0, 1]))],
             update // 2,
             update % 2,
-            LossMeter(CPU, Processes()),
+            LossMeter(CPU, DistInfo()),
         )
         averages.append(ema.module[1].weight.clone())
         weights.append(model.weight.detach().clone())

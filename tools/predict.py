@@ -12,6 +12,7 @@ from datasets import ImageFiles, Key, Transformed, eval_transform, pixels_for
 from errors import UsageError, exit_on_error
 from models.labels import in_words
 from models.pixels import normalize
+from runtime import distributed
 
 from .loading import UNTRAINED, Loaded, load_from, model_parser
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args, loaded = load_from(parser, argv)
     if not loaded.trained:
         print(UNTRAINED)
-    for path, classes in predict(loaded, args.images, utils.choose_device(args.device, utils.Processes())):
+    for path, classes in predict(loaded, args.images, utils.choose_device(args.device, distributed.DistInfo())):
         print(path)
         for name, probability in classes:
             print(f"  {probability:6.1%}  {name}")
