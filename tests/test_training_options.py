@@ -246,10 +246,14 @@ def test_the_loss_shown_is_the_mean_over_processes_and_batches(shared_images, tm
 
 # -- fine-tuning
 
+KINDS = ("disc", "square", "stripes")
+
 
 def draw_photo(kind, generator):
-    """Noisy discs, stripes or squares, of any colour and place."""
-    background, colour = (tuple(map(int, generator.integers(*span, 3))) for span in ((0, 110), (140, 256)))
+    """A noisy disc, square or set of stripes, rather red, green or blue, somewhere on a dark ground."""
+    background, colour = (generator.integers(*span, 3) for span in ((0, 110), (110, 200)))
+    colour[KINDS.index(kind)] += 55
+    background, colour = tuple(map(int, background)), tuple(map(int, colour))
     image = Image.new("RGB", (72, 64), background)
     draw = ImageDraw.Draw(image)
     x, y, size = (int(value) for value in generator.integers((8, 8, 22), (26, 20, 38)))
@@ -268,7 +272,7 @@ def draw_photo(kind, generator):
 def photos(tmp_path):
     generator = np.random.default_rng(0)
     for split, count in (("train", 50), ("val", 20)):
-        for kind in ("disc", "square", "stripes"):
+        for kind in KINDS:
             folder = tmp_path / "photos" / split / kind
             folder.mkdir(parents=True)
             for number in range(count):
