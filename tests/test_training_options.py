@@ -7,10 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from checkpoint import BEST, LAST
-from PIL import Image, ImageDraw
 from support import ROOT, SMALL_RUN, command, complaint
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 import main
@@ -225,66 +222,7 @@ def test_a_teacher_that_cannot_be_downloaded_is_told_in_one_line(shared_images, 
     assert line.endswith("pass --teacher_path")
 
 
-# -- the loss that is shown
-
-
-def test_the_loss_shown_is_the_mean_over_processes_and_batches(shared_images, tmp_path):
-    """With nothing random, 2 processes x 2 batches of 4 see what one batch of 16 does."""
-    plain = ("--mixup", "0", "--cutmix", "0", "--reprob", "0", "--drop_path", "0", "--epochs", "1", "--print_freq", "1")
-    shown = []
-    for number, launch in enumerate(([], ["-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone"])):
-        folder, batch = tmp_path / str(number), ("4", "2") if launch else ("16", "1")
-        run = [*SMALL_RUN, "--data_path", shared_images, "--output_dir", folder, *plain]
-        done = command(*launch, "main.py", *run, "--batch_size", batch[0], "--accum_steps", batch[1])
-        assert done.returncode == 0, done.stderr
-        events = EventAccumulator(str(folder / "tf_record_log"))
-        events.Reload()
-        shown.append([event.value for event in events.Scalars("loss")])
-    # Only the first: BatchNorm sees other batches, and that adds up.
-    assert shown[1][0] == pytest.approx(shown[0][0], rel=2e-2)
-
-
 # -- fine-tuning
-
-
-def draw_photo(kind, generator):
-    """Noisy discs, stripes or squares, of any colour and place."""
-    background, colour = (tuple(map(int, generator.integers(*span, 3))) for span in ((0, 110), (140, 256)))
-    image = Image.new("RGB", (72, 64), background)
-    draw = ImageDraw.Draw(image)
-    x, y, size = (int(value) for value in generator.integers((8, 8, 22), (26, 20, 38)))
-    if kind == "disc":
-        draw.ellipse((x, y, x + size, y + size), fill=colour)
-    elif kind == "square":
-        draw.rectangle((x, y, x + size, y + size), outline=colour, width=3)
-    else:
-        for offset in range(x % 9, 72, 9):
-            draw.line((offset, 0, offset, 64), fill=colour, width=3)
-    noise = generator.normal(0, 12, (64, 72, 3))
-    return Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
-
-
-@pytest.fixture
-def photos(tmp_path):
-    generator = np.random.default_rng(0)
-    for split, count in (("train", 50), ("val", 20)):
-        for kind in ("disc", "square", "stripes"):
-            folder = tmp_path / "photos" / split / kind
-            folder.mkdir(parents=True)
-            for number in range(count):
-                draw_photo(kind, generator).save(folder / f"{number}.png")
-    return tmp_path / "photos"
-
-
-@pytest.mark.slow
-def test_the_recipe_for_fine_tuning_learns_150_photos(run_small, photos, tmp_path):
-    weights = run_small("--epochs", "1") / BEST
-    small = [word for word in SMALL_RUN[: SMALL_RUN.index("--num_workers")] if word not in ("--epochs", "2")]
-    small = [*small[: small.index("--batch_size")], *small[small.index("--batch_size") + 2 :]]
-    run = ["--recipe", "finetune", *small, "--num_workers", "0", "--device", "cpu", "--finetune", weights]
-    main.run(parse_args([*map(str, run), "--data_path", str(photos), "--output_dir", str(tmp_path / "tuned")]))
-    best = load_checkpoint(tmp_path / "tuned" / BEST)["best"]
-    assert best["acc1"] > 90
 
 
 def test_fine_tuning_in_evaluation_mode_keeps_the_statistics(run_small, small_options):
