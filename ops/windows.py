@@ -13,7 +13,7 @@ def pad_to_multiple(x: Tensor, multiple: int | tuple[int, int]) -> Tensor:
     x: (B, H, W, ...), any dtype; returned unchanged when nothing is missing.
     """
     multiple_h, multiple_w = _pair(multiple)
-    missing_h, missing_w = -x.shape[1] % multiple_h, -x.shape[2] % multiple_w
+    missing_h, missing_w = _missing(x.shape[1], multiple_h), _missing(x.shape[2], multiple_w)
     if missing_h == 0 and missing_w == 0:
         return x
     return F.pad(x, (0, 0) * (x.ndim - 3) + (0, missing_w, 0, missing_h))
@@ -54,6 +54,11 @@ def split_side(side: int, n_win: int) -> tuple[int, int]:
     """
     window = max(side // n_win, 1)
     return window, -(-side // window)
+
+
+def _missing(side: int, multiple: int) -> int:
+    """-side % multiple, in terms that inductor knows of a side that varies: its negative numbers have no remainder."""
+    return (side + multiple - 1) // multiple * multiple - side
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from golden.fill import fill, images
 from torch._dynamo.testing import CompileCounter
 
 import models
+import ops
 from models.attention import BiLevelRoutingAttention
 from models.deformable_attention import DeformableAgentAttention
 from models.stl import PartitionAttention
@@ -211,3 +212,17 @@ def test_nothing_is_recomputed_in_evaluation():
     model.stages[0][0].register_forward_pre_hook(lambda *_: calls.append(1))
     gradients(model, images(1, 64, 64))
     assert len(calls) == 1
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_padding_compiles_at_every_size():
+    torch._dynamo.reset()
+
+    def padded(x):
+        return ops.pad_to_multiple(x, 4).sum((1, 2))
+
+    compiled = torch.compile(padded, fullgraph=True)
+    for side in (16, 18, 13):  # the second size makes the sides symbols
+        x = images(2, side, side).permute(0, 2, 3, 1)
+        torch.testing.assert_close(compiled(x), padded(x))
