@@ -396,7 +396,7 @@ def test_divergence_is_an_error_in_python_too(small_options):
 def test_ctrl_c_writes_a_checkpoint_and_says_how_to_go_on(shared_images, tmp_path, workers):
     run = small_command(shared_images, tmp_path / "run", "--epochs", "1000", "--num_workers", workers)
     process = subprocess.Popen(
-        ["env", "--default-signal=INT", sys.executable, *map(str, run)],  # which the shell ignores in the background
+        ["env", "--default-signal=INT", sys.executable, *map(str, run)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
