@@ -7,6 +7,7 @@ import io
 import re
 import signal
 import sys
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import NoReturn
 
@@ -46,7 +47,7 @@ class Stopped(RuntimeError):
         self.signals = frozenset(signals)
 
 
-WORKER_DIED = re.compile(r"DataLoader worker \(pid\S* [\d, ]+\) (?:is killed by signal: (?P<signal>[\w ]+)|exited)")
+WORKER_DIED = re.compile(r"DataLoader worker \(pid\S* [\d, ]+\) (?:is killed|exited)")
 
 
 @contextlib.contextmanager
@@ -54,13 +55,17 @@ def explain_dead_workers() -> Iterator[None]:
     """TemporaryFailure, with the remedy, if a process that loads images dies inside the block."""
     try:
         yield
-    except RuntimeError as error:
-        died = WORKER_DIED.search(str(error))
-        if died is None:
+    except (RuntimeError, ConnectionError) as error:
+        told = error
+        if isinstance(error, ConnectionError):  # to a worker that has just died, which torch tells by a signal
+            try:
+                time.sleep(1)
+            except RuntimeError as later:
+                told = later
+        if not WORKER_DIED.search(str(told)):
             raise
-        how = f"was killed ({died['signal']})" if died["signal"] else "died"
         raise TemporaryFailure(
-            f"a process that loads images {how}, most likely for want of memory; lower --num_workers or ask for more "
+            "a process that loads images has died, most likely for want of memory; lower --num_workers or ask for more "
             "memory. The same command goes on from the last checkpoint"
         ) from error
 

@@ -123,7 +123,7 @@ def submit(options: Options, slurm: SlurmOptions) -> submitit.Job:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot write to {folder}: {error.strerror}; choose another slurm.job_dir") from error
-    python = f"{shlex.quote(sys.executable)} -u {shlex.quote(submitit_job.__file__)}"
+    python = f"{shlex.quote(sys.executable)} -S -u {shlex.quote(submitit_job.__file__)}"
     executor = submitit.AutoExecutor(
         folder,
         cluster=slurm.executor,

@@ -2,9 +2,10 @@
 
 submitit starts each by this file, which handles stop signals before anything else is imported:
 
-    python runtime/submitit_job.py -u -m submitit.core._submit FOLDER
+    python -S runtime/submitit_job.py -u -m submitit.core._submit FOLDER
 
-The job that submitit unpickles there is `Job`; nothing here imports torch until it runs.
+With -S, Python leaves its site packages, which may take seconds, until then. What submitit unpickles there is `Job`;
+nothing here imports torch until it runs.
 """
 
 from __future__ import annotations
@@ -101,6 +102,10 @@ def start(argv: list[str]) -> None:
         return 144 if local and number == signal.SIGUSR2 else os.EX_TEMPFAIL  # submitit's number for "run it again"
 
     PreemptionHandler(early_exit).install()
+    if sys.flags.no_site:
+        import site
+
+        site.main()
     import runpy
 
     module, *sys.argv[1:] = argv[argv.index("-m") + 1 :]

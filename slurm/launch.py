@@ -8,6 +8,8 @@ Slurm signals every process of a job step, and a rank that has saved its work sa
 itself loses both: SIGUSR2 kills it, other signals make it end the ranks within 30 seconds, and it exits with 1 whatever
 the exit code of a rank. Here, stop signals are the ranks' business, and the exit code is that of the first rank that
 failed: 75 if it was stopped, 128 + n if signal n killed it.
+
+Start it with -S, which leaves Python's site packages until signals are handled.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2, signal.SIGHUP)
@@ -35,6 +38,10 @@ class Forwarder:
         for number in (*STOP_SIGNALS, signal.SIGALRM):
             signal.signal(number, self.handle)
         sys.addaudithook(self.look_for_ranks)
+        # In Python's own start, SIGINT would end a rank with code 1. Ranks are born with it blocked, as it is in this
+        # thread; another one receives it.
+        threading.Thread(target=threading.Event().wait, daemon=True).start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
 
     def look_for_ranks(self, event: str, args: tuple) -> None:
         if event == "subprocess.Popen" and "LOCAL_RANK" in (args[3] or ()):
@@ -55,6 +62,10 @@ class Forwarder:
 def main(argv: Sequence[str]) -> int:
     """Run torchrun as this job step's task on node SLURM_NODEID; returns the exit code."""
     Forwarder().install()
+    if sys.flags.no_site:
+        import site
+
+        site.main()
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # torchrun's own choice, less its warning
     # Imported only now, because it takes seconds, and a signal may come.
     from torch.distributed import run
@@ -77,6 +88,6 @@ def main(argv: Sequence[str]) -> int:
 
 if __name__ == "__main__":
     code = main(sys.argv[1:])
-    for signum in STOP_SIGNALS:  # the outcome is known
+    for signum in (*STOP_SIGNALS, signal.SIGALRM):  # the outcome is known
         signal.signal(signum, signal.SIG_IGN)
     sys.exit(code)

@@ -101,6 +101,12 @@ def test_a_run_loads_visualize_only_when_asked():
     assert command("-c", script).returncode == 0
 
 
+@pytest.mark.parametrize("path", files_in("runtime"), ids=str)
+def test_runtime_imports_only_errors_and_what_a_job_runs(path):
+    allowed = {"main", "options", "errors"} if path.name == "submitit_job.py" else {"errors"}
+    assert imports_of_project(path) <= allowed
+
+
 def test_main_does_not_know_hydra():
     assert "hydra_main" not in imports_of_project(Path("main.py"))
 
