@@ -28,7 +28,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, path: Path) -> 
     if [group.get("params") for group in theirs] != [group["params"] for group in ours]:
         raise UsageError(f"{path}: its optimizer groups the parameters otherwise; use its --opt and --layer_decay")
     expected = _after_one_step(optimizer)
-    if bool(saved["state"]) != bool(expected["state"]):
+    if expected["state"] and not saved["state"]:
+        raise damaged
+    if not saved["state"].keys() <= {number for group in ours for number in group["params"]}:
         raise damaged
     for number, memory in saved["state"].items():
         if not _is_like(memory, expected["state"].get(number)):
