@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -30,9 +30,6 @@ from runtime.preemption import Request, handle_signals
 from runtime.run_folder import RunFolder
 from runtime.run_log import Progress
 from utils import count_parameters, seed_everything
-
-if TYPE_CHECKING:
-    from visualize.insight import Watcher
 
 
 @dataclass
@@ -220,7 +217,7 @@ class Run:
     epochs: int
     metric: str = "acc1"
     checkpoint_minutes: float = 0
-    watcher: "Watcher | None" = None
+    watcher: Any = None
     watch_every: int = 0
     how_to_go_on: str = ""
     saved_at: float = field(default_factory=time.monotonic, init=False)

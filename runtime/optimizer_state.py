@@ -30,7 +30,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, path: Path) -> 
             f"{path}: its optimizer has other groups; use its --opt, --layer_decay, --decay_position_tables"
         )
     expected = _after_one_step(optimizer)
-    if bool(saved["state"]) != bool(expected["state"]):
+    if expected["state"] and not saved["state"]:
+        raise damaged
+    if not saved["state"].keys() <= {number for group in ours for number in group["params"]}:
         raise damaged
     for number, memory in saved["state"].items():
         if not _is_like(memory, expected["state"].get(number)):

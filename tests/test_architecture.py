@@ -10,7 +10,7 @@ from support import command
 ROOT = Path(__file__).parent.parent
 NOT_SOURCE = {"data", "outputs", "tests"}
 RUN_MODULES = {"main", "hydra_main"}
-BELOW_MAIN = ("engine", "datasets", "eval_sets", "optim_factory", "checkpoint", "run_log", "utils", "options", "errors")
+BELOW_MAIN = ("engine", "datasets", "eval_sets", "optim_factory", "utils", "options", "errors")
 
 
 def source_files() -> list[Path]:
@@ -84,6 +84,11 @@ def test_runtime_imports_only_what_lies_below(path):
 @pytest.mark.parametrize("name", BELOW_MAIN)
 def test_modules_below_main_never_import_a_run(name):
     assert imports_of_project(Path(f"{name}.py")) & RUN_MODULES == set()
+
+
+@pytest.mark.parametrize("path", files_in("runtime"), ids=str)
+def test_runtime_never_imports_a_run(path):
+    assert imports_of_project(path) & (RUN_MODULES | {"engine", "tools", "visualize"}) == set()
 
 
 @pytest.mark.parametrize("path", files_in("visualize"), ids=str)

@@ -4,7 +4,6 @@ import shutil
 
 import pytest
 import torch
-from checkpoint import BEST, LAST
 from support import CLASSES, SMALL_RUN, complaint, write_images
 from timm.data import ImageNetInfo
 
@@ -12,6 +11,7 @@ import main
 from datasets import build_data
 from models.labels import class_names
 from options import parse_args
+from runtime.checkpoint import BEST, LAST
 from runtime.distributed import DistInfo
 from tools.loading import load_model
 from tools.predict import predict

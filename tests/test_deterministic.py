@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from checkpoint import LAST
 from support import complaint
 from timm.models import register_model
 from torch import nn
 
 import main
+from runtime.checkpoint import LAST
 
 STATES: list[tuple[bool, bool]] = []
 

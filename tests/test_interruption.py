@@ -15,13 +15,10 @@ from models.weights import load_checkpoint
 from runtime.checkpoint import LAST
 
 
-@pytest.mark.slow
-def test_killed_at_random_moments_a_training_ends_with_the_same_weights(tmp_path):
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    kill_often.train(whole, epochs=3)
-    places = kill_often.train_with_kills(killed, epochs=3, kills=3, seed=0)
-    assert len(set(places)) > 1  # it got on in between
-    assert kill_often.same_weights(whole, killed)
+def test_kill_often_finds_trainings_ending_as_undisturbed_ones():
+    done = command("tests/kill_often.py", 8, "--worlds", "1,2", timeout=1800)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "8 kills; every training ended as it should"
 
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")

@@ -1,8 +1,11 @@
 """Whole runs."""
 
+import gc
 import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -23,6 +26,7 @@ from models import DeBiFormer
 from models.weights import load_checkpoint
 from runtime.checkpoint import BEST, LAST
 from runtime.distributed import DistInfo
+from runtime.lock import lock, unlock
 from runtime.preemption import Request, handle_signals
 
 TIMINGS = ("seconds",)
@@ -526,3 +530,114 @@ def test_a_run_goes_on_only_as_what_it_was(run_small, image_folder, argv, words)
         argv = ["--data_path", str(image_folder)]
     with pytest.raises(UsageError, match=words):
         run_small("--epochs", "2", *argv)
+
+
+# -- the folder is the truth
+
+
+def test_the_folders_checkpoint_goes_before_resume(small_options, run_small, capsys):
+    other = small_options(
+        "--epochs", "1", "--output_dir", str(main.Path(small_options().output_dir).with_name("other"))
+    )
+    main.run(other)
+    elsewhere = main.Path(other.output_dir) / LAST
+    folder = run_small("--resume", str(elsewhere))  # the first time, there is no other
+    assert f"Continuing from {elsewhere}: epoch 2, image 0" in capsys.readouterr().out
+    run_small("--resume", str(elsewhere), "--epochs", "3")
+    told = capsys.readouterr()
+    assert f"Continuing from {folder / LAST}: epoch 3, image 0" in told.out
+    assert f"note: going on from {folder / LAST}, not from --resume {elsewhere}" in told.err
+    run_small("--resume", str(elsewhere), "--no_auto_resume")
+    assert f"Continuing from {elsewhere}: epoch 2, image 0" in capsys.readouterr().out
+
+
+def test_a_stopped_run_prints_a_command_that_goes_on(small_options, monkeypatch):
+    options = small_options()
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Stopped) as stopped:
+            main.run(options)
+    words = shlex.split(str(stopped.value).partition("To go on: ")[2])
+    assert words[:2] == ["python", "main.py"]
+    again = main.parse_args(words[2:])
+    again.recipe = options.recipe
+    assert again == options
+    assert [record["epoch"] for record in [main.run(again)]] == [1]
+
+
+def test_a_mistake_leaves_no_folder(small_options):
+    options = small_options("--sched", "nope")
+    with pytest.raises(UsageError):
+        main.run(options)
+    assert not main.Path(options.output_dir).exists()
+
+
+def test_a_second_run_in_a_folder_is_refused(run_small):
+    folder = run_small("--epochs", "1")
+    held = lock(folder)
+    try:
+        with pytest.raises(UsageError, match="a run is going on in"):
+            run_small()
+    finally:
+        unlock(folder, held)
+    run_small()
+
+
+def test_another_number_of_images_is_noticed(image_folder, small_options, monkeypatch, capsys):
+    here = ("--data_path", str(image_folder), "--batch_size", "10")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(Stopped):
+            main.run(small_options(*here))
+    shutil.copy(image_folder / "train" / "cat" / "0.png", image_folder / "train" / "cat" / "new.png")
+    with pytest.raises(UsageError, match="whose order of images would change: images was 48, is 49"):
+        main.run(small_options(*here))
+    (image_folder / "train" / "cat" / "new.png").unlink()
+    main.run(small_options(*here))
+    shutil.copy(image_folder / "train" / "cat" / "0.png", image_folder / "train" / "cat" / "new.png")
+    main.run(small_options(*here, "--epochs", "3"))
+    assert "note: the data had 48 training images when" in capsys.readouterr().err
+
+
+def test_a_resumed_checkpoint_does_not_stay_in_memory(run_small, monkeypatch):
+    run_small("--epochs", "1")
+    step, held = main.TrainStep.step, []
+
+    def counted(self, *args):
+        gc.collect()
+        held.extend(each for each in gc.get_objects() if type(each) is dict and type(each.get("optimizer")) is dict)
+        return step(self, *args)
+
+    monkeypatch.setattr(main.TrainStep, "step", counted)
+    run_small("--epochs", "2")
+    assert held == []
+
+
+def test_an_earlier_versions_checkpoint_before_evaluation_goes_on(small_options, run_small):
+    """It stood at the last image of the epoch, and may go on with another batch."""
+    folder = run_small("--epochs", "1")
+    content = load_checkpoint(folder / LAST)
+    content.pop("evaluated")
+    content["data"].pop("images")
+    content["history"]["epochs"].clear()
+    torch.save({**content, "epoch": 0, "position": 48}, folder / LAST)
+    run_small("--epochs", "2", "--batch_size", "12")
+    log = log_of(folder)
+    assert [record["epoch"] for record in log] == [0, 1]
+    assert log[0]["train_loss"] > 0
+
+
+def test_tensorboard_that_cannot_write_is_left_out(small_options, monkeypatch, tmp_path, capfd):
+    step = main.TrainStep.step
+
+    def remove_events(self, *args):
+        shutil.rmtree(tmp_path / "events", ignore_errors=True)
+        return step(self, *args)
+
+    monkeypatch.setattr(main.TrainStep, "step", remove_events)
+    options = small_options("--log_dir", str(tmp_path / "events"), "--epochs", "3")
+    main.run(options)
+    told = capfd.readouterr().err
+    assert told.count("warning: TensorBoard's files in") == 1
+    assert "Traceback" not in told
+    assert len(log_of(main.Path(options.output_dir))) == 3

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from checkpoint import LAST
 from PIL import Image
 from support import complaint
 from timm.data import create_transform, resolve_data_config
@@ -16,6 +15,7 @@ import models
 from datasets import eval_transform, pixels_for
 from models.pixels import Pixels, Teacher, denormalize, normalize, pixels_of
 from options import parse_args
+from runtime.checkpoint import LAST
 from tools.loading import load_model
 from tools.predict import predict
 

@@ -11,11 +11,13 @@ from support import ROOT, SMALL_RUN, command, complaint
 from torch import nn
 
 import main
-from engine import LossMeter, Precision, Stepper
+from engine import Precision, TrainStep
 from models.weights import load_checkpoint
 from optim_factory import build_ema, build_optimizer, build_scheduler, check_training, training_notes
 from options import Options, load_recipe, parse_args
+from runtime.checkpoint import BEST, LAST
 from runtime.distributed import DistInfo
+from runtime.meters import LossMeter
 
 CPU = torch.device("cpu")
 
@@ -131,7 +133,7 @@ def averaged(warmup, updates, decay):
     flat = nn.Sequential(nn.Flatten(), model)
     ema.module = nn.Sequential(nn.Flatten(), ema.module)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    stepper = Stepper(flat, loss_fn, optimizer, Precision(CPU), DistInfo(), ema=ema, updates=2)
+    stepper = TrainStep(flat, loss_fn, optimizer, Precision(CPU), DistInfo(), ema=ema, updates=2)
     averages, weights = [], [model.weight.detach().clone()]
     for update in range(updates):
         stepper.step(

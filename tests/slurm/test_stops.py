@@ -10,10 +10,10 @@ import time
 
 import pytest
 import stop_often
-from checkpoint import LAST
 from support import ROOT, SMALL_RUN, command
 
 from models.weights import load_checkpoint
+from runtime.checkpoint import LAST
 from slurm.local_cluster import LocalCluster
 
 SECONDS_TO_SAVE = float(os.environ.get("SECONDS_TO_SAVE", 35))
