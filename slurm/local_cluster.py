@@ -227,7 +227,7 @@ class LocalCluster:
         fields = self.call("scontrol", "show", "job", "--oneliner", str(job_id)).split()
         return dict(field.split("=", 1) for field in fields if "=" in field)
 
-    def wait_for_state(self, job_id: int, *states: str, timeout: float = 60) -> str:
+    def wait_for_state(self, job_id: int, *states: str, timeout: float = 300) -> str:
         """Wait until a job is in one of the states (RUNNING, COMPLETED, ...) and return that. Raises TimeoutError."""
         state = ""
 

@@ -112,23 +112,23 @@ class Job:
 
 def stop_one(job: Job, times: int, span: float, moments: random.Random, done: Counter) -> list[str]:
     """Stop a job so many times; returns what went wrong."""
-    sent, restarts = 0, 0
+    sent, restarts, trained = 0, 0, 0
     while sent < times and job.wait_for_start(restarts):
         moment, name = moments.uniform(0, span), moments.choice(SIGNALS)
         end = time.monotonic() + moment
         while time.monotonic() < end and job.state()[0] == "RUNNING":
             time.sleep(0.1)
-        before, (state, count) = len(job.lives()), job.state()
+        state, count = job.state()
         if state != "RUNNING" or count < restarts:
             continue
-        trained = job.lives()[-1][1] if before else 0
+        before, trained = trained, job.lives()[-1][1]
         try:
             job.cluster.call("scancel", f"--signal={name}", str(job.id))
         except RuntimeError:
             continue  # it has just ended
         sent += 1
         state = job.cluster.wait_for_state(job.id, "PENDING", "COMPLETED", "FAILED", timeout=1800)
-        done[job.launcher, f"SIG{name}", "midway" if trained else "before training", state] += 1
+        done[job.launcher, f"SIG{name}", "midway" if trained > before else "before training", state] += 1
         print(f"job {job.id}: SIG{name} after {moment:.0f} s and {trained} updates: {state}", flush=True)
         restarts = count + 1
         if state != "PENDING":
