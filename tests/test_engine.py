@@ -16,7 +16,7 @@ from torch import nn
 import main
 import models  # noqa: F401
 from engine import LossMeter, Precision, TrainStep, evaluate, train_one_epoch
-from errors import NonFiniteLoss
+from errors import NonFiniteLoss, UsageError
 from models.pixels import Pixels, normalize
 from optim_factory import DistillationLoss, PlainLoss, build_loss, build_optimizer, build_scheduler
 from options import Options
@@ -103,6 +103,11 @@ def test_the_average_follows_the_weights():
     ema = ModelEmaV3(model, decay=0.75)
     train(stepper_of(model, ema=ema), batches_of(1), 1)
     torch.testing.assert_close(ema.module[1].weight, 0.75 * start + 0.25 * model[1].weight)
+
+
+def test_data_that_ends_early_is_no_shorter_epoch():
+    with pytest.raises(UsageError, match="the training data ended after 4 of epoch 1's 6 updates"):
+        train(stepper_of(linear_model(), accum_steps=2), batches_of(9), 6)
 
 
 def test_training_can_stop_after_any_update():
