@@ -27,19 +27,19 @@ from torchvision import datasets as vision
 from torchvision import transforms
 from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 
-from errors import TemporaryFailure, UsageError, listed
 from models.pixels import Pixels, pixels_of
 from models.weights.sources import cache_folder
-from options import Options
 from runtime.agreement import decide, gather
 from runtime.distributed import DistInfo
+from runtime.errors import TemporaryFailure, UsageError, listed
 from runtime.images import MAX_PIXELS, ImageRefused, open_rgb
+from runtime.options import Options
 from runtime.packed import PackedPaths
 from runtime.preemption import PreemptionHandler
+from runtime.samplers import EvalSampler, Key, TrainSampler
 from runtime.storage import read_patiently
 from runtime.streams import Stream
 from runtime.tar import TarFiles
-from samplers import EvalSampler, Key, TrainSampler
 from utils import seeded, unite_seeds
 
 # -- sources: map-style datasets of (path, open file or PIL image; class number) with `classes` and `name_of(index)` ---

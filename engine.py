@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from datasets import Data
-from errors import Stopped, UsageError
 from models.pixels import Pixels, normalize
 from runtime.checkpoint import TrainingState, build_checkpoint
 from runtime.distributed import DistInfo, all_reduce_sum, share_buffers
+from runtime.errors import Stopped, UsageError
 from runtime.meters import LossMeter, check_weights
 from runtime.preemption import Request, handle_signals
 from runtime.run_folder import RunFolder

@@ -33,9 +33,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from submitit.core.utils import FailedJobError, FailedSubmissionError, UncompletedJobError
 
-from errors import UsageError, did_you_mean, exit_on_error
-from options import DEFAULT_RECIPE, Options, SlurmOptions, check_ranges, names_of, option, validate
 from runtime import submitit_job
+from runtime.errors import UsageError, did_you_mean, exit_on_error
+from runtime.options import DEFAULT_RECIPE, Options, SlurmOptions, check_ranges, names_of, option, validate
 
 CONFIGS = Path(__file__).parent / "configs"
 REQUEUE = str(Path(__file__).parent.resolve() / "slurm" / "requeue.sh")
@@ -192,7 +192,7 @@ def wait_for(job: submitit.Job) -> None:
     try:
         job.results()
     except UncompletedJobError as error:
-        cause = next((line for line in str(error).splitlines() if line.startswith("errors.UsageError: ")), None)
+        cause = next((line for line in str(error).splitlines() if line.startswith("runtime.errors.UsageError: ")), None)
         if cause is not None:
             raise UsageError(cause) from error
         print(f"hydra_main.py: error: job {job.job_id} failed, see {job.paths.stderr}", file=sys.stderr)

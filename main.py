@@ -27,8 +27,6 @@ import models
 import utils
 from datasets import Data, build_data, pixels_for, train_transform
 from engine import Precision, Run, TrainStep, evaluate, unwrapped
-from errors import UsageError, did_you_mean, exit_on_error, explain_dead_workers
-from eval_sets import TITLES, open_eval_set
 from models.arguments import check_arguments
 from models.labels import class_names
 from models.pixels import Teacher
@@ -43,15 +41,17 @@ from models.weights import (
 )
 from models.weights.releases import Places, find_release
 from optim_factory import build_ema, build_loss, build_optimizer, build_scheduler, check_training, training_notes
-from options import Options, inert_notes, mixing, parse_args, to_plain
 from runtime import distributed
 from runtime.agreement import decide
 from runtime.checkpoint import TrainingState
 from runtime.distributed import DistInfo
+from runtime.errors import UsageError, did_you_mean, exit_on_error, explain_dead_workers
 from runtime.meters import LossMeter
+from runtime.options import Options, inert_notes, mixing, parse_args, to_plain
 from runtime.resume import find_checkpoint, go_on, how_to_go_on, name_folder, note, open_folder
 from runtime.run_folder import RunFolder
 from runtime.run_log import Progress, RunLog, describe, report, show_notices, summarise, write_options
+from tasks.classification.eval_sets import TITLES, open_eval_set
 
 if TYPE_CHECKING:
     from visualize.insight import Watcher

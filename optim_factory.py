@@ -13,8 +13,8 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from errors import UsageError, did_you_mean
-from options import LOWEST_RATE, Options, mixing
+from runtime.errors import UsageError, did_you_mean
+from runtime.options import LOWEST_RATE, Options, mixing
 
 REFERENCE_BATCH = 512
 """The total batch size that --lr is stated for."""

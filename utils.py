@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from errors import UsageError
 from runtime.distributed import DistInfo
+from runtime.errors import UsageError
 
 
 def choose_device(name: str, processes: DistInfo) -> torch.device:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from errors import exit_on_error
+from runtime.errors import exit_on_error
 from visualize import session
 from visualize.images import to_tensor
 

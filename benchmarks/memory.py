@@ -5,7 +5,7 @@ import multiprocessing
 
 import torch
 
-from errors import UsageError
+from runtime.errors import UsageError
 
 from .measure import PeakMemory
 from .workloads import LARGE_MAPS, Case, build_step

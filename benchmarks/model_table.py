@@ -18,9 +18,9 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from errors import exit_on_error
 from models import MODEL_NAMES
 from models.weights.releases import RELEASES
+from runtime.errors import exit_on_error
 from utils import count_parameters
 
 from .markdown import print_or_write, table

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import ops
 import utils
-from dense import FeaturePyramid
-from errors import UsageError, exit_on_error
-from ops.backend import BACKENDS
+from models import ops
+from models.ops.backend import BACKENDS
+from models.pyramid import FeaturePyramid
 from runtime import distributed
+from runtime.errors import UsageError, exit_on_error
 
 from .markdown import table
 from .measure import (

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from errors import exit_on_error
+from runtime.errors import exit_on_error
 
 from .markdown import print_or_write, table
 from .measure import machine_line, read_result

@@ -26,9 +26,9 @@ import timm
 import torch
 
 import utils
-from errors import UsageError, did_you_mean, exit_on_error
-from ops.backend import BACKENDS, choose_backend
+from models.ops.backend import BACKENDS, choose_backend
 from runtime import distributed
+from runtime.errors import UsageError, did_you_mean, exit_on_error
 
 from . import plots, report
 from .measure import DTYPES, RESULTS, copy_bandwidth, describe_machine, interleaved_seconds, matrix_rate, write_result

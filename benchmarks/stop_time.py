@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from errors import exit_on_error
 from models.weights import load_checkpoint
 from runtime.checkpoint import LAST, save_checkpoint
+from runtime.errors import exit_on_error
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import models
-from dense import FeaturePyramid
 from models.attention import BiLevelRoutingAttention
 from models.layers import PointwiseConv
-from ops.backend import BACKENDS, use_backend
+from models.ops.backend import BACKENDS, use_backend
+from models.pyramid import FeaturePyramid
 
 from .measure import DTYPES, interleaved_seconds
 from .model_table import count_macs

@@ -9,8 +9,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import ops
-
+from . import ops
 from .layers import QKV, DepthwiseConv, MapLinear, to_nchw, to_nhwc
 
 

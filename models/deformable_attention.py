@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import ops
-
+from . import ops
 from .attention import Router, attend_routed_windows, check_heads
 from .layers import QKV, ConvMlp, DepthwiseConv, PointwiseConv, to_nchw, to_nhwc
 

@@ -8,7 +8,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-import ops
+from . import ops
 
 
 def to_nhwc(x: Tensor) -> Tensor:

@@ -16,8 +16,7 @@ from timm.models import generate_default_cfgs, register_model
 from timm.models.maxxvit import Attention2d
 from torch import Tensor, nn
 
-import ops
-
+from . import ops
 from .attention import BiLevelRoutingAttention, FullAttention, Router, check_heads
 from .backbone import RELEASE, Backbone, build_variant, check_per_stage, default_cfg
 from .layers import DepthwiseConv, Downsampling, MapLinear, PointwiseConv, init_linear, to_nchw, to_nhwc

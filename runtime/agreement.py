@@ -5,9 +5,9 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from errors import TemporaryFailure, UsageError
 from models.weights import WeightsError
 from runtime.distributed import DistInfo, broadcast_object
+from runtime.errors import TemporaryFailure, UsageError
 
 T = TypeVar("T")
 

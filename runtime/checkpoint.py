@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from errors import UsageError, listed
 from models.weights import WeightsError, check_fit, load_checkpoint, load_weights, weights_of
+from runtime.errors import UsageError, listed
 from runtime.optimizer_state import load_optimizer
 
 LAST, PREVIOUS, BEST = "checkpoint.pth", "checkpoint.previous.pth", "best.pth"

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from errors import Stopped, TemporaryFailure
+from runtime.errors import Stopped, TemporaryFailure
 
 SECONDS_OF_SILENCE = 60
 

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from errors import UsageError
+from runtime.errors import UsageError
 
 NAME = ".lock"
 SECONDS_TO_NOTICE_DEATH = 120

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from errors import NonFiniteLoss
 from runtime.distributed import DistInfo, all_reduce_sum
+from runtime.errors import NonFiniteLoss
 
 DIVERGED = "the last good checkpoint is kept. Try a lower --lr, --clip_grad 5 or --amp bf16"
 

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from errors import UsageError
+from runtime.errors import UsageError
 
 GIVEN = ("lr", "initial_lr", "lr_scale", "weight_decay", "betas", "eps", "momentum")
 """What this run's options set in a group of parameters. The rest is the optimizer's memory: LAMB, Adan and Lookahead

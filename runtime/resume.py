@@ -9,11 +9,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from errors import UsageError
 from models.weights import load_checkpoint
 from runtime.agreement import check_same, decide, together
 from runtime.checkpoint import TrainingState
 from runtime.distributed import DistInfo
+from runtime.errors import UsageError
 from runtime.run_folder import RunFolder
 
 

@@ -7,8 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from errors import UsageError
 from runtime.checkpoint import BEST, KEPT, LAST, PREVIOUS, TEMPORARY, kept_in, load_latest, save_checkpoint
+from runtime.errors import UsageError
 from runtime.lock import lock, unlock
 
 

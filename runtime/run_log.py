@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from datasets import Data
-from errors import UsageError
-from options import RECIPES, Options, to_plain
 from runtime.checkpoint import BEST, LAST, TrainingState
 from runtime.distributed import DistInfo
+from runtime.errors import UsageError
+from runtime.options import RECIPES, Options, to_plain
 from utils import count_parameters, format_seconds, peak_memory
 
 POINTS_PER_EPOCH = 1000
@@ -264,7 +264,7 @@ class _Notices(logging.Handler):
 
 def show_notices(processes: DistInfo) -> None:
     """Have the main process print what modules log for users to know: which backend the attention runs on."""
-    logger = logging.getLogger("ops")
+    logger = logging.getLogger("models.ops")
     logger.setLevel(logging.INFO if processes.is_main else logging.WARNING)
     if not logger.hasHandlers():  # Hydra has its own
         logger.addHandler(_Notices())

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from errors import TemporaryFailure
+from runtime.errors import TemporaryFailure
 
 T = TypeVar("T")
 

@@ -11,8 +11,8 @@ from PIL import Image
 from timm.data.readers.shared_count import SharedCount
 from torch.utils.data import IterableDataset, get_worker_info
 
-from errors import TemporaryFailure, UsageError
 from runtime.distributed import DistInfo
+from runtime.errors import TemporaryFailure, UsageError
 from utils import seeded, unite_seeds
 
 from .images import MAX_PIXELS, ImageRefused, open_rgb, to_rgb

@@ -17,14 +17,14 @@ import sys
 if __name__ == "__main__":
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-from errors import Stopped, TemporaryFailure
+from runtime.errors import Stopped, TemporaryFailure
 from runtime.preemption import PreemptionHandler
 
 TYPE_CHECKING = False  # typing's constant, without the import
 if TYPE_CHECKING:
     from submitit.core.utils import DelayedSubmission
 
-    from options import Options, SlurmOptions
+    from runtime.options import Options, SlurmOptions
 
 
 class Job:

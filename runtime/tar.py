@@ -12,7 +12,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from errors import UsageError
+from runtime.errors import UsageError
 
 from .packed import PackedPaths
 

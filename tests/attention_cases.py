@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import ops
+from models import ops
 
 DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu) if torch.cuda.is_available() else "cpu"]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

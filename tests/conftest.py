@@ -9,7 +9,7 @@ import torch
 from support import CLASSES, SMALL_RUN, write_images
 
 import main
-from options import Options, parse_args
+from runtime.options import Options, parse_args
 
 pytest_plugins = ["released"]
 

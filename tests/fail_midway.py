@@ -7,9 +7,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import datasets
 import main
-from errors import exit_on_error
-from options import parse_args
-from samplers import Key
+from runtime.errors import exit_on_error
+from runtime.options import parse_args
+from runtime.samplers import Key
 
 
 class Failing(datasets.Transformed):

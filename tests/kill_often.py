@@ -36,11 +36,11 @@ from support import CLASSES, write_images  # noqa: E402
 
 import datasets  # noqa: E402
 import main as program  # noqa: E402
-from errors import exit_on_error  # noqa: E402
 from models.weights import load_checkpoint  # noqa: E402
-from options import parse_args  # noqa: E402
 from runtime.checkpoint import LAST, TEMPORARY, load_latest, place_of  # noqa: E402
-from samplers import Key  # noqa: E402
+from runtime.errors import exit_on_error  # noqa: E402
+from runtime.options import parse_args  # noqa: E402
+from runtime.samplers import Key  # noqa: E402
 
 TOTAL_BATCH, EPOCHS, IMAGES_PER_CLASS = 12, 3, 12
 PHASES = ("starting", "training", "writing", "training")

@@ -6,10 +6,10 @@ import torch
 import models  # noqa: F401 (registers with timm)
 from engine import Precision
 from optim_factory import build_optimizer
-from options import Options
 from runtime.checkpoint import TrainingState
 from runtime.distributed import DistInfo
 from runtime.meters import LossMeter
+from runtime.options import Options
 from runtime.run_log import RunLog
 
 CPU = torch.device("cpu")

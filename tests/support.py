@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from errors import UsageError
+from runtime.errors import UsageError
 
 if not torch.cuda.is_available():  # read when Triton is first imported, which timm and torchvision do
     os.environ["TRITON_INTERPRET"] = "1"

@@ -9,7 +9,7 @@ SCRIPT = """
 import sys
 from datetime import timedelta
 import torch
-from errors import UsageError
+from runtime.errors import UsageError
 from runtime.agreement import check_same, decide, together
 from runtime.distributed import DistInfo, process_group
 

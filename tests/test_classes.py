@@ -10,9 +10,9 @@ from timm.data import ImageNetInfo
 import main
 from datasets import build_data
 from models.labels import class_names
-from options import parse_args
 from runtime.checkpoint import BEST, LAST
 from runtime.distributed import DistInfo
+from runtime.options import parse_args
 from tools.loading import load_model
 from tools.predict import predict
 

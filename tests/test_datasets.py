@@ -16,10 +16,10 @@ from support import CLASSES, SMALL_RUN, command
 
 import datasets
 from datasets import Cifar100, Digits, Transformed, build_data, eval_transform
-from errors import UsageError
-from options import Options, parse_args
 from runtime.distributed import DistInfo
-from samplers import EvalSampler, Key, TrainSampler
+from runtime.errors import UsageError
+from runtime.options import Options, parse_args
+from runtime.samplers import EvalSampler, Key, TrainSampler
 
 ALONE = DistInfo()
 CPU = torch.device("cpu")

@@ -16,11 +16,11 @@ from torch import nn
 import main
 import models  # noqa: F401
 from engine import LossMeter, Precision, TrainStep, evaluate, train_one_epoch
-from errors import NonFiniteLoss, UsageError
 from models.pixels import Pixels, normalize
 from optim_factory import DistillationLoss, PlainLoss, build_loss, build_optimizer, build_scheduler
-from options import Options
 from runtime.distributed import DistInfo
+from runtime.errors import NonFiniteLoss, UsageError
+from runtime.options import Options
 
 ALONE = DistInfo()
 CPU = torch.device("cpu")

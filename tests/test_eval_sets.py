@@ -10,10 +10,10 @@ from support import CLASSES, SMALL_RUN, command, write_images
 from timm.data import ImageNetInfo
 
 import main
-from errors import UsageError
-from eval_sets import open_eval_set
-from options import Options, parse_args
 from runtime.checkpoint import BEST
+from runtime.errors import UsageError
+from runtime.options import Options, parse_args
+from tasks.classification.eval_sets import open_eval_set
 
 SYNSETS = ImageNetInfo().label_names()
 SMALL_KWARGS = {"embed_dims": (16, 32, 48, 64), "depths": (1, 1, 1, 1)}

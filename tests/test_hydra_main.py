@@ -10,7 +10,7 @@ import yaml
 from support import ROOT, SMALL_RUN, command, complaint, save_as_authors, scrambled
 
 from hydra_main import LONGEST_NAME, check_launch, check_text, run_dir, run_name, sweep_dir
-from options import SlurmOptions
+from runtime.options import SlurmOptions
 
 PUBLISHED = [
     *("data_path=./data/in1k", "input_size=224", "batch_size=128", "dist_eval=true", "+slurm=mine", "slurm.nodes=1"),

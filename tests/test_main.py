@@ -21,11 +21,11 @@ from support import ROOT, SMALL_RUN, command
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import main
-from errors import NonFiniteLoss, Stopped, UsageError
 from models import DeBiFormer
 from models.weights import load_checkpoint
 from runtime.checkpoint import BEST, LAST
 from runtime.distributed import DistInfo
+from runtime.errors import NonFiniteLoss, Stopped, UsageError
 from runtime.lock import lock, unlock
 from runtime.preemption import Request, handle_signals
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from runtime_state import RECORD, state_of, train
 from support import complaint
 
-from errors import UsageError
 from runtime.checkpoint import TrainingState, build_checkpoint
+from runtime.errors import UsageError
 
 
 @pytest.fixture(scope="module")

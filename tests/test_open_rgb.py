@@ -11,11 +11,11 @@ from support import SMALL_RUN, command, complaint
 
 import runtime.storage
 from datasets import ImageFiles, Transformed, build_data
-from errors import TemporaryFailure, UsageError, exit_on_error
-from options import parse_args
 from runtime.distributed import DistInfo
+from runtime.errors import TemporaryFailure, UsageError, exit_on_error
 from runtime.images import ImageRefused, open_rgb
-from samplers import Key
+from runtime.options import parse_args
+from runtime.samplers import Key
 from visualize.images import open_image
 
 CPU = torch.device("cpu")

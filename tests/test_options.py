@@ -7,7 +7,7 @@ from typing import get_type_hints
 import pytest
 from support import ROOT, command, complaint
 
-from options import (
+from runtime.options import (
     GROUPS,
     RECIPES,
     InertOptions,

@@ -14,8 +14,8 @@ import main
 import models
 from datasets import eval_transform, pixels_for
 from models.pixels import Pixels, Teacher, denormalize, normalize, pixels_of
-from options import parse_args
 from runtime.checkpoint import LAST
+from runtime.options import parse_args
 from tools.loading import load_model
 from tools.predict import predict
 

@@ -5,9 +5,9 @@ import torch
 from runtime_state import state_of, train
 from timm.optim import list_optimizers
 
-from errors import UsageError
 from models.weights import load_checkpoint
 from runtime.checkpoint import build_checkpoint, save_checkpoint
+from runtime.errors import UsageError
 
 STOP, END = 5, 14  # Lookahead looks back every 6 updates
 # Kron draws from a generator of its own, which is not part of its state dict, and compiles itself for minutes.

@@ -12,9 +12,9 @@ from PIL import Image
 from support import SMALL_RUN, command
 
 from datasets import build_data
-from errors import UsageError
-from options import parse_args
 from runtime.distributed import DistInfo
+from runtime.errors import UsageError
+from runtime.options import parse_args
 from runtime.streams import Stream
 
 pytest.importorskip("webdataset")

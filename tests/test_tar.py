@@ -12,8 +12,8 @@ from support import CLASSES, SMALL_RUN, command, complaint
 
 import runtime.tar
 from datasets import build_data
-from options import parse_args
 from runtime.distributed import DistInfo
+from runtime.options import parse_args
 from runtime.tar import TarFiles
 
 CPU = torch.device("cpu")

@@ -14,10 +14,10 @@ import main
 from engine import Precision, TrainStep
 from models.weights import load_checkpoint
 from optim_factory import build_ema, build_optimizer, build_scheduler, check_training, training_notes
-from options import Options, load_recipe, parse_args
 from runtime.checkpoint import BEST, LAST
 from runtime.distributed import DistInfo
 from runtime.meters import LossMeter
+from runtime.options import Options, load_recipe, parse_args
 
 CPU = torch.device("cpu")
 

@@ -27,9 +27,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from datasets import pixels_for
-from errors import UsageError, exit_on_error
 from models.labels import in_words
-from ops.backend import use_backend
+from models.ops.backend import use_backend
+from runtime.errors import UsageError, exit_on_error
 
 from .loading import UNTRAINED, Loaded, load_from, model_parser
 

@@ -9,10 +9,10 @@ import torch
 
 import utils
 from datasets import ImageFiles, Key, Transformed, eval_transform, pixels_for
-from errors import UsageError, exit_on_error
 from models.labels import in_words
 from models.pixels import normalize
 from runtime import distributed
+from runtime.errors import UsageError, exit_on_error
 
 from .loading import UNTRAINED, Loaded, load_from, model_parser
 

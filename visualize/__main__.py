@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from errors import OneLineParser, UsageError, exit_on_error, listed
+from runtime.errors import OneLineParser, UsageError, exit_on_error, listed
 
 from . import evidence, figures, maps, panels
 from .images import image_files, open_image

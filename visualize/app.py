@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from errors import OneLineParser, UsageError, exit_on_error
+from runtime.errors import OneLineParser, UsageError, exit_on_error
 
 from .storage import Storage
 from .subject import DEFAULT_MODEL, load_subject

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import ops
-from errors import UsageError
+from models import ops
 from models.attention import BiLevelRoutingAttention, FullAttention
 from models.backbone import STRIDES
 from models.deformable_attention import DeformableAgentAttention
 from models.stl import PooledRoutingAttention
+from runtime.errors import UsageError
 
 WATCHED = {
     BiLevelRoutingAttention: ("qkv", "router"),

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from errors import UsageError
+from runtime.errors import UsageError
 
 from . import figures
 from .capture import time_limit

@@ -10,8 +10,8 @@ from timm.data.transforms import str_to_interp_mode
 from torch import Tensor
 from torchvision.transforms.functional import center_crop, resize
 
-from errors import UsageError
 from models.pixels import Pixels, normalize
+from runtime.errors import UsageError
 from runtime.images import ImageRefused, open_rgb
 
 SMALLEST_SIDE, LARGEST_SIDE = 8, 8192

@@ -8,9 +8,9 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-import ops
-from errors import UsageError
-from ops.deformable import reference_points
+from models import ops
+from models.ops.deformable import reference_points
+from runtime.errors import UsageError
 
 from .capture import AgentLayer, Capture, Layer, RoutedLayer
 

@@ -9,7 +9,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 import models
-from errors import UsageError
+from runtime.errors import UsageError
 
 from . import session
 from .limits import LARGEST_UPLOAD, MOST_WAITING, UploadLimit, limit_waiting

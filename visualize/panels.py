@@ -9,7 +9,7 @@ from matplotlib.figure import Figure, FigureBase
 from PIL import Image
 from torch import Tensor
 
-from errors import UsageError
+from runtime.errors import UsageError
 
 from . import figures, maps
 from .capture import AgentLayer, Capture, Layer, RoutedLayer

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from errors import UsageError
+from runtime.errors import UsageError
 
 from . import evidence, figures, maps, panels
 from .capture import Capture

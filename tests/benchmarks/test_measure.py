@@ -17,7 +17,7 @@ from benchmarks.measure import (
     read_result,
     write_result,
 )
-from errors import UsageError
+from runtime.errors import UsageError
 
 CPU = torch.device("cpu")
 

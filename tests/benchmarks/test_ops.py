@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import ops as bench
-from errors import UsageError
+from runtime.errors import UsageError
 
 CPU = torch.device("cpu")
 ROUTED = bench.Attention("routed_attention", q=(2, 4, 3, 32), k=(2, 4, 5, 32), extra=((2, 4, 3),), num_heads=2, scale=1)

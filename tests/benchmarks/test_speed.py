@@ -10,7 +10,7 @@ from support import ROOT, command
 from benchmarks import report, speed
 from benchmarks.measure import read_result
 from benchmarks.plots import TOP1
-from errors import UsageError
+from runtime.errors import UsageError
 
 NANO = (*("--models", "debiformer_nano"), *("--batch_size", "2", "--repeats", "1", "--threads", "1", "--device", "cpu"))
 

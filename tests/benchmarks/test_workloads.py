@@ -22,7 +22,7 @@ from benchmarks.workloads import (
 )
 from models import MODEL_NAMES
 from models.layers import DepthwiseConv, MapLinear, PointwiseConv
-from ops.backend import ENVIRONMENT, use_backend
+from models.ops.backend import ENVIRONMENT, use_backend
 
 CPU = torch.device("cpu")
 NANO = Case("debiformer_nano", 2, input_size=64)

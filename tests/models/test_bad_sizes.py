@@ -7,7 +7,7 @@ import timm
 import torch
 
 import models  # noqa: F401
-import ops
+from models import ops
 from models.backbone import check_image_size, first_stage_that_pads, stage_sides
 
 DEBIFORMER = {"n_win": 7, "grid_strides": [(1, 8), (1, 4), (1, 2), (1, 1)]}

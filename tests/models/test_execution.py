@@ -10,7 +10,7 @@ from golden.fill import fill, images
 from torch._dynamo.testing import CompileCounter
 
 import models
-import ops
+from models import ops
 from models.attention import BiLevelRoutingAttention
 from models.deformable_attention import DeformableAgentAttention
 from models.stl import PartitionAttention

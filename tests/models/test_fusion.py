@@ -10,8 +10,8 @@ from golden.fill import fill, images
 from timm.utils import reparameterize_model
 
 import models
-from dense import FeaturePyramid
 from models.layers import DepthwiseConv, Downsampling, ResidualDepthwiseConv
+from models.pyramid import FeaturePyramid
 
 NAMES = ["debiformer_nano", *CLASSIFIERS]
 

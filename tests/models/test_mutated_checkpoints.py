@@ -7,9 +7,9 @@ import timm
 from mutants import mutants
 from support import command, complaint, scrambled
 
-from errors import exit_on_error
 from models import releases
 from models.weights import load_checkpoint, load_to_finetune, load_weights, weights_of
+from runtime.errors import exit_on_error
 
 SMALL = {"num_classes": 4, "embed_dims": (32, 32, 32, 32), "num_heads": (1, 1, 1, 1), "offset_groups": (1, 1, 1, 1)}
 

@@ -24,11 +24,11 @@ from support import command, complaint, save_as_authors, scrambled
 
 import main
 import models
-from errors import exit_on_error
 from models import releases
 from models.weights import load_checkpoint, load_to_finetune, sources
 from models.weights.releases import RELEASES, Places, find_release
 from models.weights.sources import OneDriveShare
+from runtime.errors import exit_on_error
 
 pytestmark = pytest.mark.usefixtures("offline")
 

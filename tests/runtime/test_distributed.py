@@ -9,8 +9,8 @@ import sys
 import pytest
 from support import ROOT, SMALL_RUN
 
-from errors import TemporaryFailure
 from runtime.distributed import DistInfo, _meet, port_of_job
+from runtime.errors import TemporaryFailure
 from utils import timedelta
 
 

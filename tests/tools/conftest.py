@@ -4,8 +4,8 @@ import pytest
 from support import CLASSES, SMALL_RUN
 
 import main
-from options import parse_args
 from runtime.checkpoint import BEST
+from runtime.options import parse_args
 
 
 @pytest.fixture(scope="session")

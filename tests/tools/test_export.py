@@ -12,8 +12,8 @@ import torch
 from golden.fill import fill
 from support import CLASSES, command
 
-from errors import UsageError
 from models.weights import weights_of
+from runtime.errors import UsageError
 from tools import export
 from tools.loading import UNTRAINED, Loaded, load_model
 

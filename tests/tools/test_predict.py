@@ -9,8 +9,8 @@ import torch
 from support import CLASSES, command
 from timm.data import ImageNetInfo
 
-from errors import UsageError
 from models.weights import load_checkpoint
+from runtime.errors import UsageError
 from tools import predict
 from tools.loading import UNTRAINED, load_model
 

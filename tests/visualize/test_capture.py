@@ -5,7 +5,7 @@ import timm
 import torch
 
 import models
-from errors import UsageError
+from runtime.errors import UsageError
 from visualize.capture import capture, check_readable
 
 IMAGE = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))

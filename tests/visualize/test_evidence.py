@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 import models  # noqa: F401
-from errors import UsageError
+from runtime.errors import UsageError
 from visualize import evidence
 from visualize.subject import load_subject
 

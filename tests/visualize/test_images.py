@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from datasets import eval_transform
-from errors import UsageError
 from models.pixels import Pixels, normalize
-from options import Options
+from runtime.errors import UsageError
+from runtime.options import Options
 from visualize.images import image_files, open_image, to_tensor, view_of
 
 

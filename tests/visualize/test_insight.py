@@ -13,8 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import main as program
 import models  # noqa: F401
-from errors import UsageError
 from models.pixels import Pixels
+from runtime.errors import UsageError
 from visualize.capture import capture
 from visualize.insight import Watcher, picture_of, warnings_of
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import models  # noqa: F401 (registers the models)
-from errors import UsageError
+from runtime.errors import UsageError
 from visualize import maps
 from visualize.capture import AgentLayer, RoutedLayer, capture
 

@@ -14,7 +14,7 @@ from PIL import Image
 from support import command, complaint
 
 import models  # noqa: F401
-from errors import UsageError, exit_on_error
+from runtime.errors import UsageError, exit_on_error
 from visualize import session
 from visualize.capture import capture, time_limit
 from visualize.report import UNTRAINED

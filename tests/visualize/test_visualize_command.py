@@ -14,7 +14,7 @@ from PIL import Image
 from support import command
 
 import models  # noqa: F401
-from errors import UsageError, exit_on_error
+from runtime.errors import UsageError, exit_on_error
 from visualize.__main__ import main
 from visualize.report import UNTRAINED, Picture, Section, report_html
 from visualize.subject import load_subject

@@ -12,7 +12,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ops import deformable_triton, routed_triton, rpe_table_triton
+from models.ops import deformable_triton, routed_triton, rpe_table_triton
 
 KERNELS = [
     *((routed_triton, name) for name in ("_forward", "_backward_q", "_backward_kv")),

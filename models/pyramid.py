@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from models.backbone import Backbone, run_stage
-from models.layers import to_nchw, to_nhwc
+from .backbone import Backbone, run_stage
+from .layers import to_nchw, to_nhwc
 
 
 class _ChannelNorm(nn.Module):

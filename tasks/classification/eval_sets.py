@@ -14,8 +14,8 @@ from timm.data import ImageNetInfo, RealLabelsImagenet
 from torch import Tensor
 
 from datasets import ImageFiles, find_images
-from errors import UsageError, listed
-from options import Options
+from runtime.errors import UsageError, listed
+from runtime.options import Options
 
 TITLES = {
     "real": "ImageNet-ReaL",

@@ -1,7 +1,7 @@
 """Every option of a run, declared once.
 
 The command line of main.py, its --help, the Hydra schema and docs/OPTIONS.md all derive from the dataclasses here.
-`python -m options` prints the documentation table.
+`python -m runtime.options` prints the documentation table.
 """
 
 import argparse
@@ -20,9 +20,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from errors import OneLineParser, UsageError, did_you_mean
+from runtime.errors import OneLineParser, UsageError, did_you_mean
 
-RECIPES = Path(__file__).parent / "configs" / "recipe"
+RECIPES = Path(__file__).parents[1] / "configs" / "recipe"
 DEFAULT_RECIPE = "debiformer_nano_digits"
 
 
@@ -538,7 +538,7 @@ def to_plain(options: Options) -> dict[str, Any]:
 
 def markdown_table() -> str:
     """All options with defaults and help, grouped, for the documentation."""
-    lines = ["# Options", "", "Written by `python -m options`. Hydra spells them the same way.", ""]
+    lines = ["# Options", "", "Written by `python -m runtime.options`. Hydra spells them the same way.", ""]
     for group in (*GROUPS, SlurmOptions):
         lines += [f"## {group.__doc__}", "", "| option | default | meaning |", "|---|---|---|"]
         for spec in fields(group):

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import gradcheck
 
-import ops
+from models import ops
 
 examples = settings(derandomize=True, max_examples=25, deadline=None, database=None)
 

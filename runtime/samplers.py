@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch.utils.data import Sampler
 
-from errors import UsageError
-from options import Options
 from runtime.distributed import DistInfo
+from runtime.errors import UsageError
+from runtime.options import Options
 from utils import unite_seeds
 
 REPEATS = 3

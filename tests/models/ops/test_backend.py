@@ -10,8 +10,8 @@ from golden.fill import fill, images
 from support import command
 
 import models  # noqa: F401
-import ops
-from ops import backend as backends
+from models import ops
+from models.ops import backend as backends
 
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 
@@ -27,8 +27,8 @@ def messages(monkeypatch, caplog):
     """What is logged, as if by a fresh process."""
     monkeypatch.setattr(backends, "_logged", set())
     monkeypatch.delenv("DEBIFORMER_BACKEND", raising=False)
-    caplog.set_level(logging.INFO, logger="ops.backend")
-    return lambda: [record.getMessage() for record in caplog.records if record.name == "ops.backend"]
+    caplog.set_level(logging.INFO, logger="models.ops.backend")
+    return lambda: [record.getMessage() for record in caplog.records if record.name == "models.ops.backend"]
 
 
 def test_the_automatic_choice_is_logged_once_with_its_reason(messages, monkeypatch):
@@ -115,7 +115,7 @@ def test_models_give_the_same_outputs_and_gradients_with_every_backend(name, dev
 
 def test_kernels_compile_for_a_gpu_and_keep_their_numbers_in_registers():
     """Compiling needs no GPU. Each line: kernel, type, bytes of shared memory, bytes spilled from registers."""
-    done = command("tests/ops/compile_kernels.py", TRITON_INTERPRET="0", PYTHONPATH=".")
+    done = command("tests/models/ops/compile_kernels.py", TRITON_INTERPRET="0", PYTHONPATH=".")
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
     assert len(lines) == 14

@@ -19,8 +19,8 @@ from attention_cases import (
 )
 from torch.library import opcheck
 
-import ops
-from ops import deformable, routed
+from models import ops
+from models.ops import deformable, routed
 
 ALL = [*ROUTED, *DEFORMABLE]
 SMALL = [pytest.param(Routed(2, 4, 3, 5, 2, 16, 2, masked=0.3), id="routed")]
@@ -131,7 +131,7 @@ def test_masked_keys_are_not_read_and_a_query_without_keys_gets_zeros(backend, d
 @on_devices
 @pytest.mark.parametrize(("windows", "topk"), [(1, 1), (9, 1), (9, 9), (5, 30), (40, 30)])
 def test_every_window_is_told_who_reads_it(windows, topk, device):
-    from ops.routed_triton import invert_routes
+    from models.ops.routed_triton import invert_routes
 
     idx = torch.randint(windows, (2, windows, topk), generator=torch.Generator().manual_seed(topk))
     readers, first = (x.tolist() for x in invert_routes(idx.to(device)))

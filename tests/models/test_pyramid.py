@@ -7,7 +7,7 @@ from golden.compare import keys_and_shapes, load, relative_error, sample
 from golden.fill import fill, images
 
 import models  # noqa: F401
-from dense import FeaturePyramid
+from models.pyramid import FeaturePyramid
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import ops
+from models import ops
 
 examples = settings(derandomize=True, max_examples=25, deadline=None, database=None)
 small = st.integers(1, 4)
