@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator, Sequence
 
-import torch
 from torch import Tensor
 
 from .heads import resize
@@ -11,7 +10,9 @@ Network = Callable[[Tensor], Tensor]
 """Images (B, 3, H, W) -> logits (B, K, H, W)."""
 
 
-def windows(size: tuple[int, int], crop: tuple[int, int], stride: tuple[int, int]) -> Iterator[tuple[int, int, int, int]]:
+def windows(
+    size: tuple[int, int], crop: tuple[int, int], stride: tuple[int, int]
+) -> Iterator[tuple[int, int, int, int]]:
     """Yield windows (top, left, bottom, right) that cover an image row by row; the last ones are moved inside."""
     (height, width), (crop_h, crop_w) = size, crop
     rows, columns = (

@@ -17,7 +17,9 @@ class Segmenter(nn.Module):
     Input (B, 3, H, W); output logits (B, K, H, W), or in training those of the decoder and of the auxiliary head.
     """
 
-    def __init__(self, backbone: nn.Module, head: nn.Module, auxiliary: nn.Module, neck: nn.Module | None = None) -> None:
+    def __init__(
+        self, backbone: nn.Module, head: nn.Module, auxiliary: nn.Module, neck: nn.Module | None = None
+    ) -> None:
         super().__init__()
         self.backbone, self.decode_head, self.auxiliary_head = backbone, head, auxiliary
         self.neck = nn.Identity() if neck is None else neck

@@ -1,11 +1,9 @@
 """Heads, losses, windows and metric agree with reference values in float64."""
 
-import zlib
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from golden_dense import Golden, array, fill
 from torch import nn
 
 from tasks.segmentation.heads import FPN, FCNHead, SemanticFPNHead, UPerHead, resize
@@ -13,26 +11,9 @@ from tasks.segmentation.inference import sliding_window, windows
 from tasks.segmentation.metric import ConfusionMatrix
 from tasks.segmentation.model import AUXILIARY_WEIGHT, Segmenter, pixel_cross_entropy
 
-GOLDEN = np.load(Path(__file__).parents[2] / "golden" / "segmentation.npz")
+GOLDEN = Golden("segmentation.npz")
 CLASSES, WIDTHS = 7, (16, 32, 64, 128)
 SIZES = ((20, 28), (10, 14), (5, 7), (3, 4))
-
-
-def array(name, shape, scale=1.0):
-    return scale * np.random.RandomState(zlib.crc32(name.encode())).standard_normal(tuple(shape))
-
-
-@torch.no_grad()
-def fill(module, prefix):
-    for key, value in module.double().state_dict().items():
-        if key.endswith("running_var"):
-            value.fill_(1)
-        elif key.endswith(("running_mean", "num_batches_tracked")):
-            value.fill_(0)
-        else:
-            norm = key.endswith("weight") and value.dim() == 1
-            value.copy_(torch.from_numpy((1.0 if norm else 0.0) + array(prefix + key, value.shape, 0.05)))
-    return module
 
 
 class TinyBackbone(nn.Module):
@@ -56,28 +37,13 @@ def features():
     ]
 
 
-def expect(found, name, tolerance=1e-9):
-    found = found.detach().numpy()
-    if name in GOLDEN:
-        np.testing.assert_allclose(found, GOLDEN[name], rtol=tolerance, atol=tolerance)
-        return
-    assert tuple(GOLDEN[f"{name}.shape"]) == found.shape
-    flat = found.flatten()
-    sample = flat[np.linspace(0, flat.size - 1, 512).astype(np.int64)]
-    np.testing.assert_allclose(sample, GOLDEN[f"{name}.sample"], rtol=tolerance, atol=tolerance)
-    np.testing.assert_allclose([flat.mean(), flat.std()], GOLDEN[f"{name}.mean_std"], rtol=tolerance, atol=tolerance)
-
-
-def expect_gradient(gradient, name):
-    norm, total = GOLDEN[name]
-    np.testing.assert_allclose(gradient.norm().item(), norm, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(gradient.sum().item(), total, atol=1e-9 * norm * gradient.numel() ** 0.5 + 1e-12)
-
-
 class Necked(nn.Module):
     def __init__(self):
         super().__init__()
-        self.neck, self.head = fill(FPN(WIDTHS, 32), "neck."), fill(SemanticFPNHead(32, 16, CLASSES, 0.0), "decode_head.")
+        self.neck, self.head = (
+            fill(FPN(WIDTHS, 32), "neck."),
+            fill(SemanticFPNHead(32, 16, CLASSES, 0.0), "decode_head."),
+        )
 
     def forward(self, maps):
         return self.head(self.neck(maps))
@@ -97,25 +63,25 @@ def run_head(name, module, maps):
 @pytest.mark.parametrize("name", HEADS)
 def test_head_matches_reference_logits_loss_and_gradients(name):
     module, maps = HEADS[name](), features()
-    expect(run_head(name, module.eval(), maps), f"{name}.eval.logits")
+    GOLDEN.expect(run_head(name, module.eval(), maps), f"{name}.eval.logits")
 
     logits = run_head(name, module.train(), maps)
-    expect(logits, f"{name}.train.logits")
+    GOLDEN.expect(logits, f"{name}.train.logits")
     labels = torch.from_numpy(GOLDEN["labels"]).long()
     loss = pixel_cross_entropy(resize(logits, labels.shape[1:]), labels)
     loss = loss * (AUXILIARY_WEIGHT if name == "aux" else 1)
-    expect(loss, f"{name}.train.loss_ce")
+    GOLDEN.expect(loss, f"{name}.train.loss_ce")
     loss.backward()
     for key, parameter in module.named_parameters():
-        expect_gradient(parameter.grad, f"{name}.grad.{key.removeprefix('head.')}")
+        GOLDEN.expect_gradient(parameter.grad, f"{name}.grad.{key.removeprefix('head.')}")
     for key, buffer in module.named_buffers():
         if f"{name}.after.{key.removeprefix('head.')}" in GOLDEN:
-            expect(buffer, f"{name}.after.{key.removeprefix('head.')}")
+            GOLDEN.expect(buffer, f"{name}.after.{key.removeprefix('head.')}")
 
 
 def test_fpn_matches_reference_maps():
     for number, found in enumerate(fill(FPN(WIDTHS, 32), "neck.")(features())):
-        expect(found, f"neck.out{number}")
+        GOLDEN.expect(found, f"neck.out{number}")
 
 
 def segmenter(name):
@@ -134,11 +100,11 @@ def test_segmenter_matches_reference_losses_and_gradients(name):
     labels = torch.from_numpy(GOLDEN["labels"]).long()
     logits, auxiliary = model(torch.from_numpy(array("seg.images2", (2, 3, 80, 112))))
     main, other = pixel_cross_entropy(logits, labels), AUXILIARY_WEIGHT * pixel_cross_entropy(auxiliary, labels)
-    expect(main, f"segmentor.{name}.loss.decode.loss_ce")
-    expect(other, f"segmentor.{name}.loss.aux.loss_ce")
+    GOLDEN.expect(main, f"segmentor.{name}.loss.decode.loss_ce")
+    GOLDEN.expect(other, f"segmentor.{name}.loss.aux.loss_ce")
     (main + other).backward()
     for key, parameter in model.backbone.named_parameters():
-        expect_gradient(parameter.grad, f"segmentor.{name}.grad.backbone.{key}")
+        GOLDEN.expect_gradient(parameter.grad, f"segmentor.{name}.grad.backbone.{key}")
 
 
 @pytest.mark.parametrize("mode", ["whole", "slide"])
@@ -153,10 +119,10 @@ def test_inference_matches_reference(name, mode):
     if mode == "slide":
         assert list(windows((80, 112), crop, stride)) == boxes
     logits = model(image) if mode == "whole" else sliding_window(model, image, crop, stride)
-    expect(logits[..., ::6, ::6], f"infer.{name}.{mode}.logits_every6")
+    GOLDEN.expect(logits[..., ::6, ::6], f"infer.{name}.{mode}.logits_every6")
     np.testing.assert_array_equal(logits.argmax(1).numpy(), GOLDEN[f"infer.{name}.{mode}.argmax"])
     original = resize(logits, (100, 140))
-    expect(original[0, :, ::10, ::10], f"infer.{name}.{mode}.ori_size_logits_every10")
+    GOLDEN.expect(original[0, :, ::10, ::10], f"infer.{name}.{mode}.ori_size_logits_every10")
 
 
 def test_confusion_matrix_matches_reference():
