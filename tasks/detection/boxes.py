@@ -1,7 +1,9 @@
 """Anchors, their matching with objects, the coding of boxes and their suppression, as the published detectors do it.
 
-torchvision rounds anchors to whole pixels, spaces them by the ratio of image and map, keeps low matches without a floor
-and bounds predicted sizes on one side only; the published code does none of these. Boxes are (x1, y1, x2, y2) in pixels.
+torchvision rounds anchors to whole pixels, spaces them by the ratio of image and map, keeps low matches without a
+floor and bounds predicted sizes on one side only; the published code does none of these.
+
+Boxes are (x1, y1, x2, y2) in pixels.
 """
 
 import torch
