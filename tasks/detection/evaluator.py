@@ -1,0 +1,74 @@
+"""Average precision by faster-coco-eval, over the detections of all processes."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tasks.base import Batch, Evaluator
+
+from .data import mask_tools
+from .mask_rcnn import paste_masks
+
+STATS = ("", "50", "75", "_small", "_medium", "_large")
+"""COCO's first six figures: over overlaps 0.5 to 0.95, at 0.5, at 0.75, and by the objects' sizes."""
+
+
+class CocoEvaluator(Evaluator):
+    """Collects detections in COCO's format. masks: also evaluate the masks."""
+
+    def __init__(self, annotations: Path, category_ids: list[int], masks: bool, split: bool) -> None:
+        self.annotations, self.category_ids, self.masks, self.split = annotations, category_ids, masks, split
+        self.found: list[dict[str, Any]] = []
+        self.images: list[int] = []
+
+    def update(self, outputs: list[dict[str, Tensor]], batch: Batch) -> None:
+        for result, image_id, size, resized in zip(
+            outputs, batch["image_ids"], batch["original_sizes"], batch["sizes"], strict=True
+        ):
+            self.images.append(image_id)
+            self.found += self._entries(result, image_id, size, resized)
+
+    def _entries(
+        self, result: dict[str, Tensor], image_id: int, size: tuple[int, int], resized: tuple[int, int]
+    ) -> list[dict[str, Any]]:
+        scale = result["boxes"].new_tensor([size[1] / resized[1], size[0] / resized[0]] * 2)
+        boxes = result["boxes"] * scale
+        corners = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()
+        entries = [
+            {"image_id": image_id, "category_id": self.category_ids[label - 1], "bbox": box, "score": score}
+            for box, score, label in zip(corners, result["scores"].tolist(), result["labels"].tolist(), strict=True)
+        ]
+        if self.masks:
+            tools = mask_tools()
+            pasted = paste_masks(result["masks"], boxes, size).cpu().numpy()
+            for entry, mask in zip(entries, pasted, strict=True):
+                entry["segmentation"] = tools.encode(np.asfortranarray(mask.astype(np.uint8)))
+        return entries
+
+    def compute(self) -> dict[str, float]:
+        parts = [(self.images, self.found)]
+        if self.split:
+            parts = [None] * dist.get_world_size()
+            dist.all_gather_object(parts, (self.images, self.found))
+        images = sorted(image for seen, _ in parts for image in seen)
+        # In one order, however many processes there were: equal scores are ranked by their place.
+        found = sorted((entry for _, entries in parts for entry in entries), key=lambda entry: entry["image_id"])
+        figures = {"images": len(images)}
+        for kind, prefix in {"bbox": "AP_box", **({"segm": "AP_mask"} if self.masks else {})}.items():
+            figures |= {f"{prefix}{name}": value for name, value in zip(STATS, self._stats(found, images, kind))}
+        return figures
+
+    def _stats(self, found: list[dict[str, Any]], images: list[int], kind: str) -> list[float]:
+        from faster_coco_eval import COCO, COCOeval_faster
+
+        truth = COCO(str(self.annotations))
+        evaluation = COCOeval_faster(truth, truth.loadRes(found), kind)
+        evaluation.params.imgIds = images
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+        return [100 * float(value) if value >= 0 else float("nan") for value in evaluation.stats[:6]]

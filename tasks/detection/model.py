@@ -1,0 +1,64 @@
+"""Detectors: a backbone of four maps, a feature pyramid, and Mask R-CNN's or RetinaNet's heads."""
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
+from torchvision.models.detection.image_list import ImageList
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+from .mask_rcnn import RPN, Heads, Target
+from .retinanet import P6P7, OneStage
+
+
+class PyramidBackbone(nn.Module):
+    """A backbone of maps, then a feature pyramid of 256 channels. body: images -> maps; the last of them are used."""
+
+    out_channels = 256
+
+    def __init__(self, body: nn.Module, widths: list[int], extra: nn.Module) -> None:
+        super().__init__()
+        self.body, self.used = body, len(widths)
+        self.fpn = FeaturePyramidNetwork(widths, self.out_channels, extra)
+
+    def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
+        maps = self.body(images)[-self.used :]
+        return self.fpn(OrderedDict((str(number), x) for number, x in enumerate(maps)))
+
+
+class Batching(nn.Module):
+    """Puts normalised images of several sizes in one tensor, padded right and below to a multiple of 32.
+
+    Results stay in the frame of these images.
+    """
+
+    def forward(
+        self, images: list[Tensor], targets: list[Target] | None = None
+    ) -> tuple[ImageList, list[Target] | None]:
+        sizes = [tuple(image.shape[1:]) for image in images]
+        height, width = (-(-max(sides) // 32) * 32 for sides in zip(*sizes, strict=True))
+        padded = [F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1])) for image in images]
+        if targets is not None:
+            targets = [{**target, "size": torch.tensor(size)} for target, size in zip(targets, sizes, strict=True)]
+        return ImageList(torch.stack(padded), sizes), targets
+
+    def postprocess(
+        self, result: list[dict[str, Tensor]], image_shapes: list[tuple[int, int]], original: list[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        """Return the results as they are."""
+        return result
+
+
+def mask_rcnn(body: nn.Module, widths: list[int], num_classes: int) -> GeneralizedRCNN:
+    """Mask R-CNN on four maps of these widths; class numbers from 1."""
+    backbone = PyramidBackbone(body, widths, LastLevelMaxPool())
+    return GeneralizedRCNN(backbone, RPN(), Heads(num_classes), Batching())
+
+
+def retinanet(body: nn.Module, widths: list[int], num_classes: int) -> OneStage:
+    """RetinaNet on the last three of four maps of these widths; class numbers from 0."""
+    backbone = PyramidBackbone(body, widths[1:], P6P7(widths[-1]))
+    return OneStage(backbone, num_classes, Batching())
