@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from errors import UsageError, listed
+from runtime.errors import UsageError, listed
 
 SUFFIXES = ("2017", "")
 

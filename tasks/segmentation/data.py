@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from errors import UsageError, listed
+from runtime.errors import UsageError, listed
 
 IGNORED = 255
 """The label of pixels that do not count."""
