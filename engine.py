@@ -1,27 +1,23 @@
-"""A training, one epoch, one update of it, and evaluation. Nothing here knows of options.
+"""A training, one epoch, one update of it, and evaluation. Nothing here knows what a label means, or an option.
 
-Images come as uint8; normalisation, random erasing and mixing happen on the device.
+Images come as uint8; what they become is done on the device (`Task.preprocess`).
 """
 
 import functools
 import time
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
-from timm.data import Mixup
-from timm.data.random_erasing import RandomErasing
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from datasets import Data
-from models.pixels import Pixels, normalize
 from runtime.checkpoint import TrainingState, build_checkpoint
 from runtime.distributed import DistInfo, all_reduce_sum, share_buffers
 from runtime.errors import Stopped, UsageError
@@ -29,7 +25,12 @@ from runtime.meters import LossMeter, check_weights
 from runtime.preemption import Request, handle_signals
 from runtime.run_folder import RunFolder
 from runtime.run_log import Progress
+from tasks.base import Batch, Task
+from tasks.loading import Data
 from utils import count_parameters, seed_everything
+
+if TYPE_CHECKING:
+    pass
 
 
 @dataclass
@@ -50,45 +51,34 @@ class Precision:
 class TrainStep:
     """One optimizer update at a time. Every random number is a function of (seed, epoch, update, process).
 
-    model: on its device, wrapped for distributed training if it is distributed; loss_fn(images, logits, targets).
-    pixels: what images are normalised with.
-    ema: an average of `model`'s weights to keep up. erase: random erasing of a normalised batch. mixup: mixes a batch
-    and its classes.
+    model: on its device, wrapped for distributed training if it is distributed. ema: an average of its weights.
     clip_grad: bound of the gradient's norm. updates: per epoch, by which the average's warm-up counts.
     train_mode: whether dropout, drop path and BatchNorm act as in training.
     """
 
+    task: Task
     model: nn.Module
-    loss_fn: nn.Module
     optimizer: torch.optim.Optimizer
     precision: Precision
-    processes: DistInfo
-    pixels: Pixels = Pixels()
+    info: DistInfo
     ema: ModelEmaV3 | None = None
-    erase: RandomErasing | None = None
-    mixup: Mixup | None = None
     clip_grad: float | None = None
     accum_steps: int = 1
     seed: int = 0
     updates: int = 0
     train_mode: bool = True
 
-    def step(self, batches: Sequence[tuple[Tensor, Tensor]], epoch: int, update: int, meter: LossMeter) -> Tensor:
-        """Update the weights with `accum_steps` batches. Returns their mean loss on this process, on the device."""
+    def step(self, batches: Sequence[Batch], epoch: int, update: int, meter: LossMeter) -> dict[str, Tensor]:
+        """Update the weights with `accum_steps` batches. Returns the means of their losses here, on the device."""
         scaler, losses = self.precision.scaler, []
-        for number, (images, targets) in enumerate(batches):
-            images, targets = to_device(images, targets, self.precision.device, self.pixels)
-            seed_everything(self.seed, epoch, update, number, self.processes.rank)
-            if self.erase is not None:
-                images = self.erase(images)
-            if self.mixup is not None:
-                images, targets = self.mixup(images, targets)
+        for number, batch in enumerate(batches):
+            batch = to_device(batch, self.precision.device)
+            seed_everything(self.seed, epoch, update, number, self.info.rank)
             with self._gradients_stay_local(number < len(batches) - 1):
-                with self.precision.autocast():
-                    loss = self.loss_fn(images, self.model(images), targets)
-                scaler.scale(loss / len(batches)).backward()
-            meter.add(loss, update)
-            losses.append(loss.detach())
+                parts = self.losses_of(batch)
+                scaler.scale(parts["loss"] / len(batches)).backward()
+            meter.add(parts["loss"], update)
+            losses.append({name: part.detach() for name, part in parts.items()})
         if self.clip_grad is not None:
             scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
@@ -98,11 +88,37 @@ class TrainStep:
         if self.ema is not None:
             count = epoch * self.updates + update + 1
             self.ema.update(unwrapped(self.model), step=count if self.ema.use_warmup else None)
-        return torch.stack(losses).mean()
+        return {name: torch.stack([parts[name] for parts in losses]).mean() for name in losses[0]}
+
+    def losses_of(self, batch: Batch) -> dict[str, Tensor]:
+        """The task's losses of a batch on the device."""
+        batch = self.task.preprocess(batch, train=True)
+        with self.precision.autocast():
+            return self.task.loss(self.task.forward(self.model, batch), batch)
 
     def _gradients_stay_local(self, local: bool) -> AbstractContextManager:
         distributed = isinstance(self.model, DistributedDataParallel)
         return self.model.no_sync() if local and distributed else nullcontext()
+
+    def distribute(self, batch: Batch) -> None:
+        """Wrap the model so that all processes train it together, if there are several.
+
+        In its first backward pass DistributedDataParallel learns in which order gradients arrive, and then packs them
+        otherwise; sums over the processes round according to the packing. One pass ahead of the training, over `batch`
+        and without effect on the weights, has all updates packed alike, so that a resumed run rounds like an
+        undisturbed one.
+        """
+        if not self.info.distributed:
+            return
+        model, device = self.model, self.precision.device
+        self.model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Grad strides do not match")  # of depthwise kernels, which are tiny
+            self.losses_of(to_device(batch, device))["loss"].backward()
+        self.model.zero_grad(set_to_none=True)
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -110,26 +126,30 @@ def unwrapped(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def to_device(images: Tensor, targets: Tensor, device: torch.device, pixels: Pixels) -> tuple[Tensor, Tensor]:
-    """A batch (B, 3, S, S) uint8, (B,) on the device, the images normalised, in channels-last memory."""
-    images = images.to(device, non_blocking=True, memory_format=torch.channels_last)
-    return normalize(images, pixels), targets.to(device, non_blocking=True)
+def to_device(values: Any, device: torch.device) -> Any:
+    """A batch with all its tensors on the device, maps (B, C, H, W) in channels-last memory."""
+    if isinstance(values, Tensor):
+        layout = torch.channels_last if values.ndim == 4 else torch.preserve_format
+        return values.to(device, non_blocking=True, memory_format=layout)
+    if isinstance(values, dict):
+        return {name: to_device(value, device) for name, value in values.items()}
+    return [to_device(value, device) for value in values] if isinstance(values, list) else values
 
 
 def train_one_epoch(
     step: TrainStep,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Batch],
     meter: LossMeter,
     *,
     epoch: int,
     updates: int,
     start: int = 0,
-    after_update: Callable[[int, Tensor], bool] = lambda update, loss: False,
+    after_update: Callable[[int, dict[str, Tensor]], bool] = lambda update, losses: False,
 ) -> bool:
     """Train updates `start` to `updates` - 1 of an epoch. Returns whether it got to the end.
 
-    batches: (images (B, 3, S, S) uint8, classes (B,)), starting with those of update `start`.
-    after_update(update, loss): called after each update; training stops there if it returns true.
+    batches: starting with those of update `start`.
+    after_update(update, losses): called after each update; training stops there if it returns true.
     """
     step.model.train(step.train_mode)
     batches = iter(batches)
@@ -140,67 +160,41 @@ def train_one_epoch(
                 f"the training data ended after {update} of epoch {epoch + 1}'s {updates} updates: "
                 "it holds fewer images than it says; correct the count, or write its shards anew"
             )
-        loss = step.step(group, epoch, update, meter)
-        if after_update(update, loss):
+        losses = step.step(group, epoch, update, meter)
+        if after_update(update, losses):
             return False
     return True
 
 
 @torch.no_grad()
 def evaluate(
+    task: Task,
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Batch],
     precision: Precision,
-    processes: DistInfo = DistInfo(),  # noqa: B008 (frozen)
     split: bool = False,
     after_batch: Callable[[int], None] = lambda number: None,
-    among: Sequence[int] | None = None,
-    pixels: Pixels = Pixels(),  # noqa: B008 (frozen)
 ) -> dict[str, float]:
-    """Top-1 and top-5 accuracy in percent, mean cross-entropy, and the number of images.
+    """The task's figures.
 
-    batches: (images (B, 3, S, S) uint8, classes (B,)); or, of images with several right classes, their shares (B, C).
-    split: each process has its own share of the images, and the sums over all of them count. Losses are summed in
-    float64, so the split does not show.
+    split: each process has its own share of the images, and all of them count.
     after_batch(number): called after each batch, from 0; may raise to end the evaluation.
-    among: the class numbers among which the answer is sought; None: all.
-    pixels: what images are normalised with.
     """
     model.eval()
-    device = precision.device
-    sums = torch.zeros(4, dtype=torch.float32 if device.type == "mps" else torch.float64, device=device)
-    chosen = None if among is None else torch.tensor(among, device=device)
-    for number, (images, targets) in enumerate(batches):
-        images, targets = to_device(images, targets, device, pixels)
+    evaluator = task.evaluator(split)
+    for number, batch in enumerate(batches):
+        batch = task.preprocess(to_device(batch, precision.device), train=False)
         with precision.autocast():
-            logits = model(images)
-        logits = logits.float()
-        if chosen is not None:
-            logits = torch.full_like(logits, -torch.inf).index_copy(1, chosen, logits[:, chosen])
-        losses = F.cross_entropy(logits, targets, reduction="none").to(sums.dtype)
-        top = logits.topk(min(5, logits.shape[1])).indices
-        ranked = top == targets[:, None] if targets.ndim == 1 else targets.gather(1, top) > 0
-        sums += torch.stack([ranked[:, 0].sum(), ranked.any(1).sum(), losses.sum(), losses.new_tensor(len(targets))])
+            outputs = task.forward(model, batch)
+        evaluator.update(outputs, batch)
         after_batch(number)
-    if split:
-        all_reduce_sum(sums, processes)
-    correct1, correct5, loss, images = sums.tolist()
-    if not images:
-        raise UsageError("there are no images to evaluate on")
-    return {
-        "acc1": 100 * correct1 / images,
-        "acc5": 100 * correct5 / images,
-        "loss": loss / images,
-        "images": int(images),
-    }
+    return evaluator.compute()
 
 
 @dataclass
 class Run:
     """A training, from the place where its state stands to its last epoch. Every process calls the same methods.
 
-    evaluate(model, after_batch): an evaluation's figures; after_batch as the function `evaluate` takes it.
-    report(figures, prefix): prints them. metric: which of them is best when it is highest.
     epochs: how many there are in all. checkpoint_minutes: also save so often; 0: only after epochs.
     watcher, watch_every: what looks at the attention after every so many epochs, on the main process.
     how_to_go_on: what the user is told when signals have ended the run.
@@ -212,10 +206,7 @@ class Run:
     data: Data
     folder: RunFolder
     progress: Progress
-    evaluate: Callable[[nn.Module, Callable[[int], None]], dict[str, float]]
-    report: Callable[[dict[str, float], str], None]
     epochs: int
-    metric: str = "acc1"
     checkpoint_minutes: float = 0
     watcher: Any = None
     watch_every: int = 0
@@ -225,7 +216,7 @@ class Run:
     def train(self) -> None:
         """Train and evaluate the epochs that are left. Stopped if a signal ended that early."""
         with handle_signals() as self.requests:
-            self.requests.begin_training(self.step.processes)
+            self.requests.begin_training(self.step.info)
             if not self.state.evaluated:
                 self.scheduler.step(self.state.epoch - 1)
                 self.finish_epoch(self.state.epoch - 1, time.monotonic())
@@ -238,7 +229,7 @@ class Run:
         """Train the rest of an epoch, and save."""
         state, data = self.state, self.data
         self.scheduler.step(epoch)
-        start = data.place(epoch, state.position)
+        start = data.set_position(epoch, state.position)
         if start == 0:
             state.meter.reset()
         self.progress.start_epoch(epoch, start)
@@ -257,17 +248,19 @@ class Run:
         state.meter.check(epoch)
         self.save(epoch + 1, 0, evaluated=False)  # so that a run killed while it evaluates loses nothing
 
-    def on_step(self, epoch: int, update: int, loss: Tensor) -> bool:
+    def on_step(self, epoch: int, update: int, losses: dict[str, Tensor]) -> bool:
         """Tell the progress, and save if it is time or asked for. Returns whether to stop."""
         state, rate = self.state, self._rate()
         if self.progress.due(update):
-            loss = all_reduce_sum(loss, self.step.processes) / self.step.processes.world_size
-        self.progress.advance(update, loss, rate)
+            info = self.step.info
+            losses = {name: all_reduce_sum(part, info) / info.world_size for name, part in losses.items()}
+        self.progress.advance(update, losses["loss"], rate)
         if self.progress.due(update):
             state.meter.check(epoch)
-            state.history.train_point(epoch + (update + 1) / self.data.updates, loss.item(), rate)
+            figures = {name: part.item() for name, part in losses.items()}
+            state.history.train_point(epoch + (update + 1) / self.data.updates, {**figures, "lr": rate})
         overdue = 0 < 60 * self.checkpoint_minutes < time.monotonic() - self.saved_at
-        request = self.requests.sync(save=overdue and self.step.processes.is_main)
+        request = self.requests.sync(save=overdue and self.step.info.is_main)
         if request != Request.NOTHING:
             state.meter.check(epoch)
             if update + 1 < self.data.updates:
@@ -283,7 +276,7 @@ class Run:
         for name, candidate in {"test": state.model, "test_ema": state.model_ema}.items():
             if candidate is not None:
                 figures = self._figures_of(candidate)
-                self.report(figures, "averaged weights: " if name == "test_ema" else "")
+                self._report(figures, "averaged weights: " if name == "test_ema" else "")
                 record |= {f"{name}_{figure}": value for figure, value in figures.items() if figure != "images"}
                 self._keep_best(candidate, {**figures, "epoch": epoch, "weights": name.replace("test", "model")})
         if self.watcher is not None and (epoch + 1) % self.watch_every == 0:
@@ -301,22 +294,29 @@ class Run:
         state.meter.gather()
         state.epoch, state.position, state.evaluated = epoch, position, evaluated
         self.saved_at = time.monotonic()
-        if self.step.processes.is_main:
+        if self.step.info.is_main:
             self.folder.save(build_checkpoint(state))
         self.requests.barrier()  # a process that leaves takes the others with it: the launcher ends them
 
     def _figures_of(self, candidate: nn.Module) -> dict[str, float]:
         home = next(candidate.parameters()).device  # the average may live in host memory
         candidate.to(self.step.precision.device)
-        share_buffers(candidate, self.step.processes)
-        figures = self.evaluate(candidate, self._after_batch)
+        share_buffers(candidate, self.step.info)
+        step = self.step
+        figures = evaluate(step.task, candidate, self.data.val, step.precision, self.data.dist_eval, self._after_batch)
         candidate.to(home)
         return figures
 
+    def _report(self, figures: dict[str, float], prefix: str) -> None:
+        if self.step.info.is_main:
+            for line in self.step.task.report(figures):
+                print(f"{prefix}{line}", flush=True)
+
     def _keep_best(self, candidate: nn.Module, figures: dict[str, Any]) -> None:
-        if figures[self.metric] > self.state.best[self.metric]:
+        metric = self.step.task.metric
+        if figures[metric] > self.state.best.get(metric, -1.0):
             self.state.best = figures
-            if self.step.processes.is_main:
+            if self.step.info.is_main:
                 self.folder.save_best(build_checkpoint(self.state, weights_only=candidate))
 
     def _after_batch(self, number: int) -> None:

@@ -20,7 +20,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, make_dataclass
 from hashlib import sha1
 from pathlib import Path
 
@@ -35,7 +35,8 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError, Uncomplet
 
 from runtime import submitit_job
 from runtime.errors import UsageError, did_you_mean, exit_on_error
-from runtime.options import DEFAULT_RECIPE, Options, SlurmOptions, check_ranges, names_of, option, validate
+from runtime.options import SlurmOptions, check_ranges, names_of, option, to_plain
+from tasks.options import DEFAULT_RECIPE, Options, options_of_task, task_of, validate
 
 CONFIGS = Path(__file__).parent / "configs"
 REQUEUE = str(Path(__file__).parent.resolve() / "slurm" / "requeue.sh")
@@ -45,12 +46,12 @@ NOT_IN_NAME = (
 )
 LONGEST_NAME = 255
 SBATCH_OPTION = re.compile(r"[A-Za-z][A-Za-z0-9_-]*", re.ASCII)
-ACCURACY = re.compile(r"^(?:Best accuracy|Accuracy of the network).*", re.M)
+FIGURES = re.compile(r"^(?:Best |Accuracy of the network).*", re.M)
 
 
 @dataclass
-class LaunchOptions(Options):
-    """The options of a run, and how it is launched."""
+class LaunchOptions:
+    """How a run is launched."""
 
     slurm: SlurmOptions | None = None
     wait: bool = option(False, "wait for the job and return its status")
@@ -160,7 +161,7 @@ def submit(options: Options, slurm: SlurmOptions) -> submitit.Job:
         )
     try:
         with redirect_stderr(io.StringIO()), signals_left_to_job():  # submitit prints what it raises
-            return executor.submit(submitit_job.Job(options, slurm))
+            return executor.submit(submitit_job.Job(to_plain(options), slurm))
     except (FailedSubmissionError, FailedJobError, OSError) as error:
         raise UsageError(refusal(str(error))) from error
 
@@ -175,7 +176,7 @@ def refusal(words: str) -> str:
 
 @contextmanager
 def signals_left_to_job() -> Iterator[None]:
-    """DistInfo started inside are born with Ctrl-C and hang-up blocked.
+    """Processes started inside are born with Ctrl-C and hang-up blocked.
 
     On this machine, submitit's own process would end its tasks a second after either. They get the signals themselves.
     """
@@ -198,19 +199,20 @@ def wait_for(job: submitit.Job) -> None:
         print(f"hydra_main.py: error: job {job.job_id} failed, see {job.paths.stderr}", file=sys.stderr)
         sys.exit(1)
     print(f"Job {job.job_id} is done")
-    accuracies = ACCURACY.findall(job.stdout() or "")
+    accuracies = FIGURES.findall(job.stdout() or "")
     if accuracies:
         print(accuracies[-1])
 
 
 def launch(config: DictConfig) -> None:
     """Run here, or submit."""
-    unknown = set(config) - set(names_of(LaunchOptions))
+    run_options = options_of_task(config.task)
+    unknown = set(config) - set(names_of(run_options, LaunchOptions))
     if unknown:
-        raise UsageError(unknown_option(min(unknown)))
-    options: LaunchOptions = OmegaConf.to_object(config)
+        raise UsageError(unknown_option(min(unknown), run_options))
+    options = OmegaConf.to_object(config)
     slurm, hydra_config = options.slurm, HydraConfig.get()
-    run = Options(**{name: getattr(options, name) for name in names_of(Options)})
+    run = run_options(**{name: getattr(options, name) for name in names_of(run_options)})
     run.recipe = hydra_config.runtime.choices.get("recipe") or ""
     run.output_dir = str(Path(hydra_config.runtime.output_dir).resolve())
     validate(run)
@@ -235,12 +237,14 @@ def launch(config: DictConfig) -> None:
 
 def compose_and_launch() -> None:
     """Hydra's main, with its errors turned into UsageError."""
-    given = {argument.lstrip("+~").partition("=")[0] for argument in sys.argv[1:]}
-    if not given & {"recipe", "model", "data_path", "data_set", "--help", "-h", "--cfg", "-c", "--info", "-i"}:
+    given = dict(argument.lstrip("+~").partition("=")[::2] for argument in sys.argv[1:])
+    run_options = options_of_task(task_of({name: given[name] for name in ("task", "recipe") if given.get(name)}))
+    if not given.keys() & {"recipe", "model", "data_path", "data_set", "--help", "-h", "--cfg", "-c", "--info", "-i"}:
         print(f"No data_path, data_set, model or recipe given: using +recipe={DEFAULT_RECIPE}")
         sys.argv.append(f"+recipe={DEFAULT_RECIPE}")
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # Hydra raises instead of printing and exiting with 1
-    ConfigStore.instance().store("options", LaunchOptions)
+    schema = make_dataclass("Schema", [], bases=(LaunchOptions, run_options))
+    ConfigStore.instance().store("options", schema)
     OmegaConf.register_new_resolver("run_dir", run_dir, replace=True)
     OmegaConf.register_new_resolver("sweep_dir", sweep_dir, replace=True)
     launched = False
@@ -260,10 +264,10 @@ def compose_and_launch() -> None:
             raise
         raise UsageError(f"cannot write to {error.filename}: {error.strerror}; choose another output_dir") from error
     except (HydraException, OmegaConfBaseException) as error:
-        raise UsageError(in_one_line(error)) from error
+        raise UsageError(in_one_line(error, run_options)) from error
 
 
-def in_one_line(error: Exception) -> str:
+def in_one_line(error: Exception, run_options: type) -> str:
     """The first lines of an error of Hydra and of its cause; for an unknown option, the closest known one."""
     first, cause = (str(e).splitlines()[0] if e and str(e) else "" for e in (error, error.__cause__))
     unknown = re.search(r"Could not override '([\w.]+)'|Key '(\w+)' (?:is )?not in", f"{first} {cause}")
@@ -274,11 +278,12 @@ def in_one_line(error: Exception) -> str:
         return "write +model_kwargs.NAME=VALUE, one for each argument of the model"
     if name in ("slurm", "recipe") or name.startswith(("slurm.extra.", "model_kwargs.")):
         return f"write a plus before {name}: +{name}=..."
-    return unknown_option(name.rpartition(".")[2])
+    return unknown_option(name.rpartition(".")[2], run_options)
 
 
-def unknown_option(name: str) -> str:
-    return f"unknown option {name}; {did_you_mean(name, names_of(LaunchOptions, SlurmOptions), 'see docs/OPTIONS.md')}"
+def unknown_option(name: str, run_options: type) -> str:
+    known = names_of(run_options, LaunchOptions, SlurmOptions)
+    return f"unknown option {name}; {did_you_mean(name, known, 'see docs/OPTIONS.md')}"
 
 
 if __name__ == "__main__":

@@ -1,20 +1,96 @@
-"""Optimizer, learning rate schedule, average and loss from the options; timm builds them."""
+"""Optimizer, learning rate schedule, and average from their options; timm builds them."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2, list_optimizers, param_groups_layer_decay, param_groups_weight_decay
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
-from torch import Tensor, nn
+from torch import nn
 
 from runtime.errors import UsageError, did_you_mean
-from runtime.options import LOWEST_RATE, Options, mixing
+from runtime.options import ModelOptions, option
+
+
+@dataclass
+class OptimizerOptions:
+    """Optimizer"""
+
+    opt: str = option("adamw", "any optimizer of timm")
+    opt_eps: float | None = option(1e-8, "epsilon; null: the optimizer's own", at_least=0)
+    opt_betas: list[float] | None = option(None, "betas; null: the optimizer's own", at_least=0, below=1)
+    clip_grad: float | None = option(None, "clip the gradient's norm; null or 0: off", at_least=0)
+    momentum: float = option(0.9, "momentum of SGD", at_least=0, below=1)
+    weight_decay: float = option(0.05, "weight decay; not applied to 1-D tensors and position tables", at_least=0)
+    decay_position_tables: bool = option(
+        False, "apply the weight decay to the position tables of DeBiFormer, too, as its published code does"
+    )
+    layer_decay: float | None = option(
+        None, "multiply the rate by this per layer from the head down; null: off", above=0, at_most=1
+    )
+
+
+@dataclass
+class ScheduleOptions:
+    """Schedule"""
+
+    sched: str = option(
+        "cosine",
+        "the schedules of timm that do not depend on the run's past",
+        choices=("cosine", "tanh", "poly", "step", "multistep", "wsd", "rsqrt", "constant"),
+    )
+    lr: float = option(
+        5e-4, "learning rate for 512 images in total; scaled linearly to the actual total batch size", at_least=0
+    )
+    recipe_batch: int | None = option(
+        None, "images per update, over all processes, that a recipe is meant for; another number is told", at_least=1
+    )
+    lr_noise: list[float] | None = option(
+        None,
+        "noise on the rate: from, to (fractions of the epochs)",
+        at_least=0,
+        at_most=1,
+        counts=(1, 2),
+        ascending=True,
+    )
+    lr_noise_pct: float = option(0.67, "bound of the noise as a fraction of the rate", at_least=0.01, at_most=1)
+    lr_noise_std: float = option(1.0, "standard deviation of the noise", at_least=0, at_most=100)
+    warmup_lr: float = option(1e-6, "rate at the start of the warm-up (not scaled); at most the scaled lr", at_least=0)
+    min_lr: float = option(1e-5, "lowest rate of cosine, tanh, poly, wsd and rsqrt (not scaled)", at_least=0)
+    decay_epochs: float = option(
+        30.0, "epochs between decays of the step schedule; length of the final decay of wsd and rsqrt", at_least=1
+    )
+    decay_milestones: list[float] = option(
+        [30, 60], "epochs, counted from 1, at whose start the multistep schedule decays", above=0, ascending=True
+    )
+    warmup_epochs: int = option(5, "epochs of linear warm-up; fewer than `epochs`", at_least=0)
+    decay_rate: float = option(
+        0.1, "factor of the step and multistep schedules, at most 1; power of the poly schedule", above=0, at_most=10
+    )
+
+
+LOWEST_RATE = ("cosine", "tanh", "poly", "wsd", "rsqrt")
+"""The schedules that end at `min_lr`."""
+
+
+def check_schedule(options: Any) -> None:
+    """UsageError if the epochs of a training run contradict each other."""
+    epochs = options.epochs
+    if options.eval:
+        return
+    if 0 < options.warmup_epochs >= epochs:
+        raise UsageError(
+            f"--warmup_epochs {options.warmup_epochs} leaves nothing of --epochs {epochs} to train at the full rate; "
+            f"lower it to at most {epochs - 1}"
+        )
+    if options.start_epoch >= epochs:
+        raise UsageError(f"--start_epoch {options.start_epoch} leaves nothing of --epochs {epochs} to train")
+    if options.sched in ("step", "multistep") and options.decay_rate > 1:
+        raise UsageError(f"--decay_rate must be at most 1 with --sched {options.sched}, not {options.decay_rate}")
+
 
 REFERENCE_BATCH = 512
 """The total batch size that --lr is stated for."""
@@ -23,12 +99,12 @@ EMA_WARMUP = 5
 """While it warms up, the average after n updates has the decay n / (n + 5): it covers about the last sixth of them."""
 
 
-def scaled_rate(options: Options, total_batch: int) -> float:
+def scaled_rate(options: ScheduleOptions, total_batch: int) -> float:
     """The learning rate for `total_batch` images per update."""
     return options.lr * total_batch / REFERENCE_BATCH
 
 
-def check_training(options: Options, total_batch: int) -> None:
+def check_training(options: Any, total_batch: int) -> None:
     """UsageError if timm has no such optimizer or schedule, or refuses its options, or if the rates contradict."""
     trial = nn.Linear(1, 1)
     if options.opt_betas is not None:
@@ -44,7 +120,7 @@ def check_training(options: Options, total_batch: int) -> None:
         raise UsageError(f"--warmup_lr {options.warmup_lr} is above {meaning}; lower it, or raise --lr")
 
 
-def build_optimizer(model: nn.Module, options: Options, total_batch: int) -> torch.optim.Optimizer:
+def build_optimizer(model: nn.Module, options: Any, total_batch: int) -> torch.optim.Optimizer:
     """The optimizer at the rate for `total_batch` images per update.
 
     1-D tensors and biases do not decay, nor does what `model.no_weight_decay()` names (position tables), unless
@@ -72,14 +148,14 @@ def build_optimizer(model: nn.Module, options: Options, total_batch: int) -> tor
         raise UsageError(f"--opt {options.opt}: {error}") from error
 
 
-def _decaying_tables(options: Options) -> Callable[[nn.Module], list[dict[str, Any]]]:
+def _decaying_tables(options: Any) -> Callable[[nn.Module], list[dict[str, Any]]]:
     """The parameter groups of published DeBiFormer, whose list of exceptions matches no parameter's full name."""
     if options.layer_decay is None:
         return lambda model: param_groups_weight_decay(model, options.weight_decay)
     return lambda model: param_groups_layer_decay(model, options.weight_decay, layer_decay=options.layer_decay)
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, options: Options) -> Scheduler:
+def build_scheduler(optimizer: torch.optim.Optimizer, options: ScheduleOptions) -> Scheduler:
     """The schedule, a function of the epoch alone; call `.step(epoch)` before training epoch `epoch`.
 
     The published scripts step after the epoch instead, which trains the first two epochs at the warm-up rate and
@@ -92,7 +168,7 @@ def build_scheduler(optimizer: torch.optim.Optimizer, options: Options) -> Sched
     return scheduler
 
 
-def build_ema(model: nn.Module, options: Options) -> ModelEmaV3 | None:
+def build_ema(model: nn.Module, options: ModelOptions) -> ModelEmaV3 | None:
     """The moving average of the model's weights; None if --no_model_ema.
 
     With its warm-up on, `update` wants the number of updates so far, from 1 on.
@@ -109,7 +185,7 @@ def build_ema(model: nn.Module, options: Options) -> ModelEmaV3 | None:
     )
 
 
-def training_notes(options: Options, total_batch: int, updates: int) -> list[str]:
+def training_notes(options: Any, total_batch: int, updates: int) -> list[str]:
     """What the user should know of the batch, the rates and the average before training `updates` updates, a line each.
 
     total_batch: images per update over all processes.
@@ -128,7 +204,7 @@ def training_notes(options: Options, total_batch: int, updates: int) -> list[str
     return notes + (_ema_notes(options, updates) if options.model_ema else [])
 
 
-def _ema_notes(options: Options, updates: int) -> list[str]:
+def _ema_notes(options: Any, updates: int) -> list[str]:
     decay = options.model_ema_decay
     span = 1 / (1 - decay)
     if options.model_ema_warmup:
@@ -142,55 +218,3 @@ def _ema_notes(options: Options, updates: int) -> list[str]:
         f"averaging the weights over about {span:.0f} of {updates} updates (--model_ema_decay {decay}); the average is "
         "evaluated, too"
     ]
-
-
-class DistillationLoss(nn.Module):
-    """A loss mixed with what a teacher says (DeiT, arXiv 2012.12877, section 4).
-
-    base: loss of (logits, targets). kind: 'soft' compares distributions at temperature `tau`, 'hard' takes the
-    teacher's most likely class as the label. alpha: the teacher's share, 0..1.
-    """
-
-    def __init__(self, base: nn.Module, teacher: nn.Module, kind: str, alpha: float, tau: float) -> None:
-        super().__init__()
-        self.base, self.kind, self.alpha, self.tau = base, kind, alpha, tau
-        self.teacher = teacher.eval().requires_grad_(False)
-
-    def forward(self, images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-        """images (B, 3, S, S), logits (B, classes), targets as the base loss takes them -> a scalar."""
-        with torch.no_grad():
-            teacher_logits = self.teacher(images)
-        if self.kind == "soft":
-            student = F.log_softmax(logits / self.tau, dim=1)
-            teacher = F.log_softmax(teacher_logits / self.tau, dim=1)
-            # Summed over classes and divided by their number and the batch, as published.
-            distance = F.kl_div(student, teacher, reduction="sum", log_target=True) * self.tau**2 / logits.numel()
-        else:
-            distance = F.cross_entropy(logits, teacher_logits.argmax(dim=1))
-        return (1 - self.alpha) * self.base(logits, targets) + self.alpha * distance
-
-
-class PlainLoss(nn.Module):
-    """A loss of (logits, targets) with the signature of `DistillationLoss`."""
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.base = base
-
-    def forward(self, images: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-        return self.base(logits, targets)
-
-
-def build_loss(options: Options, teacher: nn.Module | None = None) -> nn.Module:
-    """The training loss, called as loss(images, logits, targets)."""
-    if mixing(options):
-        base = SoftTargetCrossEntropy()  # mixing smooths the labels itself
-    elif options.smoothing > 0:
-        base = LabelSmoothingCrossEntropy(options.smoothing)
-    else:
-        base = nn.CrossEntropyLoss()
-    if teacher is None:
-        return PlainLoss(base)
-    return DistillationLoss(
-        base, teacher, options.distillation_type, options.distillation_alpha, options.distillation_tau
-    )

@@ -22,7 +22,7 @@ from models.weights.releases import RELEASES, Places, find_release, here
 from models.weights.sources import sha256_of
 from runtime.distributed import find_processes, process_group
 from runtime.errors import OneLineParser, UsageError, exit_on_error
-from runtime.options import Options, parse_args
+from tasks.options import Options, parse_args
 from utils import choose_device
 
 from .markdown import replace_between, table

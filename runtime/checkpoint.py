@@ -3,7 +3,7 @@
 A checkpoint is a dict of tensors and plain containers, readable with `torch.load(weights_only=True)`:
 model, model_ema, optimizer, scaler: state dicts; epoch, position: the place in the data at which
 training goes on (position counts the images of the epoch already seen by all processes together); evaluated: whether
-the epoch before has been; meter: the loss of the epoch so far; best: the best accuracy so far; history: the run's log;
+the epoch before has been; meter: the loss of the epoch so far; best: the best figures so far; history: the run's log;
 args: the options; data: what fixes the order of the data; classes: their names.
 """
 
@@ -46,7 +46,7 @@ class TrainingState:
     epoch: int = 0
     position: int = 0
     evaluated: bool = True
-    best: dict[str, Any] = field(default_factory=lambda: {"acc1": -1.0})
+    best: dict[str, Any] = field(default_factory=dict)
 
     def restore(self, checkpoint: dict[str, Any], path: Path) -> None:
         """Go on where a checkpoint stands. UsageError if it is of another model, or of other data midway an epoch."""
@@ -197,7 +197,7 @@ def _named(value: Any) -> bool:
 
 
 def _best(value: Any) -> bool:
-    if not _named(value) or not _number(value.get("acc1")):
+    if not _named(value):
         return False
     return "epoch" not in value or (_count(value["epoch"]) and isinstance(value.get("weights"), str))
 

@@ -1,4 +1,4 @@
-"""DistInfo that train together: who they are, how they meet, what they exchange."""
+"""Processes that train together: who they are, how they meet, what they exchange."""
 
 import contextlib
 import fcntl

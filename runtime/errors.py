@@ -128,3 +128,8 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str, mark: str = ""
     """'did you mean MARKx?' with the known name most like `name`; `otherwise` if none is like it."""
     close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"did you mean {mark}{close[0]}?" if close else otherwise
+
+
+def note(message: str) -> None:
+    """Tell the user something that may be meant, or forgotten."""
+    print(f"note: {message}", file=sys.stderr, flush=True)

@@ -206,7 +206,7 @@ def handle_signals() -> Iterator[PreemptionHandler]:
             handler.hand_back()
 
 
-# DistInfo that load images leave stop signals to the one they load for, which needs them to reach its checkpoint.
+# Processes that load images leave stop signals to the one they load for, which needs them to reach its checkpoint.
 
 
 def _block() -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shlex
-import sys
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -13,7 +12,7 @@ from models.weights import load_checkpoint
 from runtime.agreement import check_same, decide, together
 from runtime.checkpoint import TrainingState
 from runtime.distributed import DistInfo
-from runtime.errors import UsageError
+from runtime.errors import UsageError, note
 from runtime.run_folder import RunFolder
 
 
@@ -86,8 +85,3 @@ def how_to_go_on(folder: Path, program: Path, processes: DistInfo) -> str:
     """A command that goes on with the run of a folder."""
     command = f"python {os.path.relpath(program)} --recipe {shlex.quote(str(folder / 'options.yaml'))}"
     return f"To go on{', with the same launcher' if processes.distributed else ''}: {command}"
-
-
-def note(message: str) -> None:
-    """Tell the user something that may be meant, or forgotten."""
-    print(f"note: {message}", file=sys.stderr, flush=True)

@@ -12,9 +12,10 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from hashlib import sha1
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,10 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from datasets import Data
 from runtime.checkpoint import BEST, LAST, TrainingState
 from runtime.distributed import DistInfo
 from runtime.errors import UsageError
-from runtime.options import RECIPES, Options, to_plain
+from runtime.options import RECIPES, to_plain
 from utils import count_parameters, format_seconds, peak_memory
 
 POINTS_PER_EPOCH = 1000
@@ -61,11 +61,19 @@ def _silence_writing_threads() -> None:
 class RunLog:
     """Writes to `folder` (None: nowhere, on processes that only train along).
 
+    figures: those of an evaluation that curves.png shows, and what it calls them; title: of that diagram, in percent.
     epochs: one dict per finished epoch, as in log.txt. points: (tag, value, step) of every TensorBoard scalar.
     """
 
-    def __init__(self, folder: Path | None, tensorboard_folder: Path | None) -> None:
+    def __init__(
+        self,
+        folder: Path | None,
+        tensorboard_folder: Path | None,
+        figures: Mapping[str, str] = MappingProxyType({}),
+        title: str = "figures",
+    ) -> None:
         self.folder, self.tensorboard_folder = folder, tensorboard_folder
+        self.figures, self.title = figures, title
         self.epochs: list[dict[str, Any]] = []
         self.points: list[tuple[str, float, int]] = []
         self._writer = None
@@ -99,13 +107,11 @@ class RunLog:
 
     def forget_epoch(self, epoch: int) -> None:
         """Drop the loss and learning rate of an epoch that is trained again from its start."""
-        self.points = [
-            point for point in self.points if point[0] not in ("loss", "lr") or point[2] <= epoch * POINTS_PER_EPOCH
-        ]
+        self.points = [point for point in self.points if point[2] <= epoch * POINTS_PER_EPOCH]
 
-    def train_point(self, epoch: float, loss: float, lr: float) -> None:
-        """Loss and learning rate at a (fractional) epoch."""
-        self._add({"loss": loss, "lr": lr}, round(epoch * POINTS_PER_EPOCH))
+    def train_point(self, epoch: float, figures: dict[str, float]) -> None:
+        """Loss, learning rate and whatever else there is at a (fractional) epoch."""
+        self._add(figures, round(epoch * POINTS_PER_EPOCH))
 
     @_writing()
     def attention(self, scalars: dict[str, float], pictures: dict[str, Image.Image], epoch: int) -> None:
@@ -172,28 +178,27 @@ class RunLog:
         os.replace(temporary, path)
 
     def draw_curves(self) -> None:
-        """curves.png: loss, accuracy and learning rate over the epochs."""
+        """curves.png: loss, figures and learning rate over the epochs."""
         if self.folder is None or not self.epochs:
             return
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(12, 3.5), layout="constrained")
-        losses, accuracies, rates = figure.subplots(1, 3)
+        losses, quality, rates = figure.subplots(1, 3)
         x = [record["epoch"] for record in self.epochs]
         curves = (
             (losses, "train_loss", "training"),
             (losses, "test_loss", "test"),
             (losses, "test_ema_loss", "test, averaged weights"),
-            (accuracies, "test_acc1", "top-1"),
-            (accuracies, "test_acc5", "top-5"),
-            (accuracies, "test_ema_acc1", "top-1, averaged weights"),
+            *((quality, f"test_{name}", label) for name, label in self.figures.items()),
+            *((quality, f"test_ema_{name}", f"{label}, averaged weights") for name, label in self.figures.items()),
             (rates, "train_lr", "learning rate"),
         )
         marker = "o" if len(x) < 3 else ""
         for axes, name, label in curves:
             if name in self.epochs[-1]:
                 axes.plot(x, [record.get(name) for record in self.epochs], label=label, marker=marker)
-        for axes, title in ((losses, "loss"), (accuracies, "accuracy (%)"), (rates, "learning rate")):
+        for axes, title in ((losses, "loss"), (quality, f"{self.title} (%)"), (rates, "learning rate")):
             axes.set(title=title, xlabel="epoch")
             axes.grid(alpha=0.3)
             axes.legend()
@@ -271,34 +276,27 @@ def show_notices(processes: DistInfo) -> None:
 
 
 @_writing()
-def write_options(options: Options, folder: Path) -> None:
+def write_options(options: Any, folder: Path) -> None:
     """options.yaml: every option of the run, as a recipe that goes on with it."""
     values = {**to_plain(options), "output_dir": str(folder)}
     (folder / "options.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
 
 
-def report(metrics: dict[str, Any], processes: DistInfo, prefix: str = "") -> None:
-    """Print an evaluation's figures as the published scripts do, in two lines."""
-    if processes.is_main:
-        print(f"{prefix}* Acc@1 {metrics['acc1']:.3f} Acc@5 {metrics['acc5']:.3f} loss {metrics['loss']:.3f}")
-        images, accuracy = metrics["images"], metrics["acc1"]
-        print(f"{prefix}Accuracy of the network on the {images} test images: {accuracy:.1f}%", flush=True)
-
-
-def describe(options: Options, data: Data, model: nn.Module, device: torch.device, processes: DistInfo) -> None:
+def describe(options: Any, data: Any, model: nn.Module, num_classes: int, info: DistInfo, device: torch.device) -> None:
     """Print what is about to be trained."""
     millions = count_parameters(model) / 1e6
-    print(f"{options.model}, {millions:.2f} M parameters, {data.num_classes} classes, on {device}")
+    print(f"{options.model}, {millions:.2f} M parameters, {num_classes} classes, on {device}")
+    source = getattr(options, "data_set", options.data_path)
     print(
-        f"{options.data_set}: {data.epoch_images} images per epoch in {data.updates} updates of {data.total_batch}, "
-        f"{processes.world_size} process(es)"
+        f"{source}: {data.epoch_images} images per epoch in {data.updates} updates of {data.total_batch}, "
+        f"{info.world_size} process(es)"
     )
     if not options.recipe and (RECIPES / f"{options.model}.yaml").is_file():
         print(f"configs/recipe/{options.model}.yaml holds the published recipe: --recipe {options.model}")
 
 
-def summarise(state: TrainingState, folder: Path) -> None:
-    """Print the best accuracy, and where everything is."""
+def summarise(state: TrainingState, folder: Path, metric: str, title: str) -> None:
+    """Print the best figure, and where everything is."""
     best = state.best
     if "epoch" not in best:
         print("Nothing was trained")
@@ -306,7 +304,7 @@ def summarise(state: TrainingState, folder: Path) -> None:
     averaged = " (averaged weights)" if best["weights"] == "model_ema" else ""
     seconds = sum(record["seconds"] for record in state.history.epochs)
     print(
-        f"\nBest accuracy {best['acc1']:.2f}% in epoch {best['epoch'] + 1}{averaged}; {format_seconds(seconds)} in all"
+        f"\nBest {title} {best[metric]:.2f}% in epoch {best['epoch'] + 1}{averaged}; {format_seconds(seconds)} in all"
     )
     for name, meaning in (
         (BEST, "the best weights: --eval --resume, --finetune"),

@@ -12,7 +12,6 @@ from torch.utils.data import Sampler
 
 from runtime.distributed import DistInfo
 from runtime.errors import UsageError
-from runtime.options import Options
 from utils import unite_seeds
 
 REPEATS = 3
@@ -36,10 +35,9 @@ class TrainSampler(Sampler):
     epoch ends after as many images as the dataset has, rounded down to a multiple of 256 as published.
     """
 
-    def __init__(self, size: int, total_batch: int, options: Options, processes: DistInfo) -> None:
-        self.size, self.seed = size, options.seed
-        self.repeats = REPEATS if options.repeated_aug else 1
-        stream = size // 256 * 256 if options.repeated_aug and size >= 256 else size
+    def __init__(self, size: int, total_batch: int, seed: int, repeats: int, processes: DistInfo) -> None:
+        self.size, self.seed, self.repeats = size, seed, repeats
+        stream = size // 256 * 256 if repeats > 1 and size >= 256 else size
         self.length = stream // total_batch * total_batch
         self.rank, self.world_size = processes.rank, processes.world_size
         self.epoch = self.start = 0
@@ -49,7 +47,7 @@ class TrainSampler(Sampler):
                 "(batch_size x processes x accum_steps); lower --batch_size"
             )
 
-    def place(self, epoch: int, start: int = 0) -> None:
+    def set_position(self, epoch: int, start: int = 0) -> None:
         """Continue at image `start` (a multiple of the total batch) of `epoch`."""
         self.epoch, self.start = epoch, start
 

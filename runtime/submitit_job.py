@@ -22,15 +22,17 @@ from runtime.preemption import PreemptionHandler
 
 TYPE_CHECKING = False  # typing's constant, without the import
 if TYPE_CHECKING:
+    from typing import Any
+
     from submitit.core.utils import DelayedSubmission
 
-    from runtime.options import Options, SlurmOptions
+    from runtime.options import SlurmOptions
 
 
 class Job:
     """What runs in every process of a submitted job; submitit pickles it."""
 
-    def __init__(self, options: Options, slurm: SlurmOptions) -> None:
+    def __init__(self, options: dict[str, Any], slurm: SlurmOptions) -> None:
         self.options, self.slurm = options, slurm
 
     def __call__(self) -> None:
@@ -38,10 +40,11 @@ class Job:
         if PreemptionHandler.current is not None:
             PreemptionHandler.current.take_over()
         import main
+        from tasks.options import options_of_task
 
         self._join()
         try:
-            main.run(self.options)
+            main.run(options_of_task(self.options["task"])(**self.options))
         except (Stopped, TemporaryFailure) as error:
             print(error, flush=True)
             self._hand_back(error, requeue)
@@ -69,7 +72,7 @@ class Job:
         )
         if self.slurm.ddp_comm_mode == "file":
             attempt = os.environ.get("SLURM_RESTART_COUNT", "0")
-            self.options.dist_url = f"file://{self.slurm.share_root}/{job.job_id}.{attempt}"
+            self.options["dist_url"] = f"file://{self.slurm.share_root}/{job.job_id}.{attempt}"
 
     def _hand_back(self, error: Stopped | TemporaryFailure, requeue: object) -> None:
         """All processes have stopped and the checkpoint is written: the job goes back to the queue.

@@ -1,20 +1,24 @@
 """What a task is: everything about a run that knows what a label means.
 
-The engine, checkpoints and logs call these methods and know no task. `docs/EXTENDING.md` adds one step by step.
+The engine, loaders, checkpoints and logs call these methods and know no task. docs/EXTENDING.md adds one.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
+from runtime.distributed import DistInfo
+
 Sample = dict[str, Any]
-"""One example: "image" (a PIL image, later a uint8 tensor (3, H, W)); every other key is the task's."""
+"""One example. "image": a path, an open file or a PIL image, and after the transform a uint8 tensor (3, H, W)."""
 
 Batch = dict[str, Any]
-"""Several: "images", uint8 (B, 3, H, W) or a list of (3, H, W); every other key is the task's."""
+"""Several. "images": uint8 (B, 3, H, W), or a list of (3, H, W). As in `Sample`, every other key is the task's."""
 
 
 class Evaluator(ABC):
@@ -26,53 +30,100 @@ class Evaluator(ABC):
 
     @abstractmethod
     def compute(self) -> dict[str, float]:
-        """Return the figures over all images of all processes, each image counted once.
+        """Return the figures, `Task.metric` and "images" among them; all processes call this.
 
-        A collective call. Names with a value each; `Task.metric` is one of them.
+        Raises:
+            UsageError: there was nothing to evaluate.
         """
 
 
 class Task(ABC):
     """A kind of training: its data, loss and figures.
 
-    options: a dataclass of the task's own options, beside those that every run has.
-    metric: the figure by which the best weights are chosen; larger is better.
-    classes: names, in the order of their numbers; known after `sources`.
+    Args:
+        opts: all options of the run, this task's own among them.
+        info: this process among those that train together.
+        device: where batches and the model are.
     """
 
-    options: ClassVar[type]
+    options: ClassVar[tuple[type, ...]]
+    """Dataclasses of the task's own options."""
+    checks: ClassVar[tuple[Callable[[Any], None], ...]] = ()
+    """What its options must not contradict: functions of all options that raise UsageError."""
     metric: ClassVar[str]
-    classes: Sequence[str] = ()
+    """The figure by which the best weights are chosen; larger is better."""
+    figures: ClassVar[dict[str, str]]
+    """The figures that curves.png shows, and what it calls them."""
+    title: ClassVar[str]
+    """What the metric is called in a sentence; it is in percent."""
 
-    def __init__(self, options: Any) -> None:
-        self.opts = options
+    classes: Sequence[str] = ()
+    """Names of the classes by their numbers; empty where nothing names them. Known after `sources`."""
+    num_classes: int = 0
+    repeats: int = 1
+    """How often an image comes in a row in training."""
+
+    def __init__(self, opts: Any, info: DistInfo = DistInfo(), device: torch.device | str = "cpu") -> None:  # noqa: B008
+        self.opts, self.info, self.device = opts, info, torch.device(device)
+
+    def check(self) -> None:  # noqa: B027 (most tasks have nothing to add)
+        """Raise UsageError, before any data is read, for options that only libraries can judge."""
+
+    # -- data
 
     @abstractmethod
-    def sources(self) -> tuple[Dataset | None, Dataset]:
+    def sources(self, trained: Sequence[str] = ()) -> tuple[Dataset | None, Dataset]:
         """Open the examples to train on (None when only evaluating) and those to evaluate on.
 
-        Datasets of `Sample`, before transforms. Raises UsageError for data that cannot be used.
+        Args:
+            trained: the classes that the weights know, by number, where they say so.
+
+        Returns:
+            Datasets of `Sample`, before the transform; `name_of(index)` says which file a sample is.
+
+        Raises:
+            UsageError: the data cannot be used.
         """
 
     @abstractmethod
     def transform(self, train: bool) -> Callable[[Sample], Sample]:
-        """Return what turns a sample into tensors, image and target together. Random choices: torch's and Python's."""
+        """Return what turns a sample into tensors, image and target together.
+
+        It is called under the sample's own seed, of Python's, NumPy's and torch's generators.
+        """
 
     def collate(self, samples: list[Sample]) -> Batch:
-        """Put samples together; by default each key is stacked, and "image" becomes "images"."""
+        """Put samples together: each key is stacked, and "image" becomes "images"."""
         batch = default_collate(samples)
         return {"images": batch.pop("image"), **batch}
 
+    @property
+    def eval_batch_size(self) -> int:
+        """Images per process and step in evaluation."""
+        return int(1.5 * self.opts.batch_size)
+
+    def order(self) -> dict[str, Any]:
+        """Return the options that fix which images come when, for checkpoints: they must not change midway."""
+        return {}
+
+    # -- model
+
     @abstractmethod
     def build_model(self) -> nn.Module:
-        """Build the model, with random weights."""
+        """Build the model, with random weights. Called after `sources`."""
+
+    @abstractmethod
+    def load_pretrained(self, model: nn.Module, weights: dict[str, Tensor], trained: Sequence[str], path: Path) -> list:
+        """Start from the weights of another training. Returns the names of parameters that they did not have."""
+
+    # -- training and evaluation
 
     @abstractmethod
     def preprocess(self, batch: Batch, train: bool) -> Batch:
         """Normalise images that are on the device already and, in training, mix or erase them."""
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:
-        """Run the model on a batch, in either mode."""
+        """Run the model, which may be in either mode, on a batch."""
         return model(batch["images"])
 
     @abstractmethod
@@ -80,9 +131,13 @@ class Task(ABC):
         """Return "loss", a scalar to minimise, and other scalars worth logging."""
 
     @abstractmethod
-    def evaluator(self) -> Evaluator:
-        """Start an evaluation."""
+    def evaluator(self, split: bool) -> Evaluator:
+        """Start an evaluation. split: each process evaluates its own share."""
 
     @abstractmethod
     def report(self, metrics: dict[str, float]) -> list[str]:
         """Say an evaluation's figures in lines."""
+
+    def notes(self, trained: dict[str, Any], classes: Sequence[str]) -> list[str]:
+        """Say what the user should know when evaluating weights that were trained with these options and classes."""
+        return []

@@ -9,13 +9,13 @@ import torch
 from support import CLASSES, SMALL_RUN, write_images
 
 import main
-from runtime.options import Options, parse_args
+from tasks.options import Options, parse_args
 
 pytest_plugins = ["released"]
 
 
 def pytest_configure():
-    # DistInfo of torch that share cores wait actively for each other; one thread each is faster.
+    # Processes of torch that share cores wait actively for each other; one thread each is faster.
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
 

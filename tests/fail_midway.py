@@ -8,8 +8,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import datasets
 import main
 from runtime.errors import exit_on_error
-from runtime.options import parse_args
 from runtime.samplers import Key
+from tasks.options import parse_args
 
 
 class Failing(datasets.Transformed):

@@ -9,8 +9,8 @@ from optim_factory import build_optimizer
 from runtime.checkpoint import TrainingState
 from runtime.distributed import DistInfo
 from runtime.meters import LossMeter
-from runtime.options import Options
 from runtime.run_log import RunLog
+from tasks.options import Options
 
 CPU = torch.device("cpu")
 RECORD = {"epoch": 0, "train_loss": 1.0, "train_lr": 0.1, "test_acc1": 50.0, "n_parameters": 3, "seconds": 1.5}

@@ -8,11 +8,11 @@ from support import CLASSES, SMALL_RUN, complaint, write_images
 from timm.data import ImageNetInfo
 
 import main
-from datasets import build_data
 from models.labels import class_names
 from runtime.checkpoint import BEST, LAST
 from runtime.distributed import DistInfo
-from runtime.options import parse_args
+from tasks.loading import build_data
+from tasks.options import parse_args
 from tools.loading import load_model
 from tools.predict import predict
 

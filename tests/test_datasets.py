@@ -15,11 +15,13 @@ from PIL import Image
 from support import CLASSES, SMALL_RUN, command
 
 import datasets
-from datasets import Cifar100, Digits, Transformed, build_data, eval_transform
 from runtime.distributed import DistInfo
 from runtime.errors import UsageError
-from runtime.options import Options, parse_args
 from runtime.samplers import EvalSampler, Key, TrainSampler
+from tasks.classification.sources import Cifar100, Digits
+from tasks.classification.transforms import eval_transform
+from tasks.loading import Transformed, build_data
+from tasks.options import Options, parse_args
 
 ALONE = DistInfo()
 CPU = torch.device("cpu")

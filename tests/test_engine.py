@@ -15,12 +15,14 @@ from torch import nn
 
 import main
 import models  # noqa: F401
-from engine import LossMeter, Precision, TrainStep, evaluate, train_one_epoch
+from engine import Precision, TrainStep, evaluate, train_one_epoch
 from models.pixels import Pixels, normalize
-from optim_factory import DistillationLoss, PlainLoss, build_loss, build_optimizer, build_scheduler
+from optim_factory import build_optimizer, build_scheduler
 from runtime.distributed import DistInfo
 from runtime.errors import NonFiniteLoss, UsageError
-from runtime.options import Options
+from runtime.meters import LossMeter
+from tasks.classification.losses import DistillationLoss, PlainLoss, build_loss
+from tasks.options import Options
 
 ALONE = DistInfo()
 CPU = torch.device("cpu")

@@ -12,8 +12,8 @@ from timm.data import ImageNetInfo
 import main
 from runtime.checkpoint import BEST
 from runtime.errors import UsageError
-from runtime.options import Options, parse_args
 from tasks.classification.eval_sets import open_eval_set
+from tasks.options import Options, parse_args
 
 SYNSETS = ImageNetInfo().label_names()
 SMALL_KWARGS = {"embed_dims": (16, 32, 48, 64), "depths": (1, 1, 1, 1)}

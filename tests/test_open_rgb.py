@@ -10,12 +10,13 @@ from PIL import Image
 from support import SMALL_RUN, command, complaint
 
 import runtime.storage
-from datasets import ImageFiles, Transformed, build_data
 from runtime.distributed import DistInfo
 from runtime.errors import TemporaryFailure, UsageError, exit_on_error
 from runtime.images import ImageRefused, open_rgb
-from runtime.options import parse_args
 from runtime.samplers import Key
+from tasks.classification.sources import ImageFiles
+from tasks.loading import Transformed, build_data
+from tasks.options import parse_args
 from visualize.images import open_image
 
 CPU = torch.device("cpu")

@@ -7,19 +7,8 @@ from typing import get_type_hints
 import pytest
 from support import ROOT, command, complaint
 
-from runtime.options import (
-    GROUPS,
-    RECIPES,
-    InertOptions,
-    Options,
-    SlurmOptions,
-    check_ranges,
-    inert_notes,
-    load_recipe,
-    markdown_table,
-    parse_args,
-    validate,
-)
+from runtime.options import GROUPS, InertOptions, SlurmOptions, check_ranges, inert_notes
+from tasks.options import RECIPES, Options, load_recipe, markdown_table, parse_args, validate
 
 PUBLISHED = [
     "--data_path ./data/in1k --input_size 224 --batch_size 128 --dist_eval --model biformer_small " + end

@@ -12,10 +12,10 @@ from torch import nn
 
 import main
 import models
-from datasets import eval_transform, pixels_for
 from models.pixels import Pixels, Teacher, denormalize, normalize, pixels_of
 from runtime.checkpoint import LAST
-from runtime.options import parse_args
+from tasks.classification.transforms import eval_transform, pixels_for
+from tasks.options import parse_args
 from tools.loading import load_model
 from tools.predict import predict
 

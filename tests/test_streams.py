@@ -11,11 +11,11 @@ import torch
 from PIL import Image
 from support import SMALL_RUN, command
 
-from datasets import build_data
 from runtime.distributed import DistInfo
 from runtime.errors import UsageError
-from runtime.options import parse_args
-from runtime.streams import Stream
+from tasks.classification.streams import Stream
+from tasks.loading import build_data
+from tasks.options import parse_args
 
 pytest.importorskip("webdataset")
 

@@ -11,10 +11,10 @@ import torch
 from support import CLASSES, SMALL_RUN, command, complaint
 
 import runtime.tar
-from datasets import build_data
 from runtime.distributed import DistInfo
-from runtime.options import parse_args
 from runtime.tar import TarFiles
+from tasks.loading import build_data
+from tasks.options import parse_args
 
 CPU = torch.device("cpu")
 SUFFIXES = (".png",)

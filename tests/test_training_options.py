@@ -17,7 +17,7 @@ from optim_factory import build_ema, build_optimizer, build_scheduler, check_tra
 from runtime.checkpoint import BEST, LAST
 from runtime.distributed import DistInfo
 from runtime.meters import LossMeter
-from runtime.options import Options, load_recipe, parse_args
+from tasks.options import Options, load_recipe, parse_args
 
 CPU = torch.device("cpu")
 

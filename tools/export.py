@@ -26,10 +26,10 @@ from timm.models import save_for_hf
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from datasets import pixels_for
 from models.labels import in_words
 from models.ops.backend import use_backend
 from runtime.errors import UsageError, exit_on_error
+from tasks.classification.transforms import pixels_for
 
 from .loading import UNTRAINED, Loaded, load_from, model_parser
 

@@ -9,11 +9,13 @@ from typing import Any
 import timm
 from torch import nn
 
-from main import build_model, check_model_name
 from models.labels import labels_of
 from models.weights import check_outline, count_classes, load_checkpoint, options_of, weights_of
+from runtime.command_line import KeyValues, with_underscores
 from runtime.errors import OneLineParser
-from runtime.options import KeyValues, Options, check_ranges, with_underscores
+from runtime.model import build_model, check_model_name
+from runtime.options import check_ranges
+from tasks.options import Options
 
 UNTRAINED = "*** UNTRAINED WEIGHTS: no --checkpoint was given, what the model says is random ***"
 

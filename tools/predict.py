@@ -8,11 +8,14 @@ from collections.abc import Iterator, Sequence
 import torch
 
 import utils
-from datasets import ImageFiles, Key, Transformed, eval_transform, pixels_for
 from models.labels import in_words
 from models.pixels import normalize
 from runtime import distributed
 from runtime.errors import UsageError, exit_on_error
+from runtime.samplers import Key
+from tasks.classification.sources import ImageFiles, Samples
+from tasks.classification.transforms import ImageTransform, eval_transform, pixels_for
+from tasks.loading import Transformed
 
 from .loading import UNTRAINED, Loaded, load_from, model_parser
 
@@ -25,10 +28,11 @@ def predict(
 
     Synsets are given by what they mean. UsageError for a file that is no image, and for a size the model cannot take.
     """
-    images = Transformed(ImageFiles(((path, 0) for path in paths), []), eval_transform(loaded.options), seed=0)
+    files = Samples(ImageFiles(((path, 0) for path in paths), []), numbers=None)
+    images = Transformed(files, ImageTransform(eval_transform(loaded.options)), seed=0)
     model, pixels = loaded.model.to(device), pixels_for(loaded.options)
     for number, path in enumerate(paths):
-        image, _ = images[Key(number)]
+        image = images[Key(number)]["image"]
         try:
             logits = model(normalize(image[None].to(device), pixels))
         except (AssertionError, RuntimeError, ValueError) as error:

@@ -12,13 +12,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 import models
-from datasets import eval_crop
 from models.arguments import check_arguments
 from models.labels import in_words, labels_of
 from models.pixels import Pixels, pixels_of
 from models.weights import check_outline, count_classes, load_checkpoint, load_weights, options_of, weights_of
 from models.weights.releases import find_release
 from runtime.errors import UsageError, did_you_mean
+from tasks.classification.transforms import eval_crop
 
 from .capture import Capture, capture, check_readable, time_limit
 from .images import to_tensor, view_of

@@ -8,14 +8,15 @@ the answer is sought among these alone. sketch (arXiv 1905.13549): folders of al
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 from timm.data import ImageNetInfo, RealLabelsImagenet
 from torch import Tensor
 
-from datasets import ImageFiles, find_images
 from runtime.errors import UsageError, listed
-from runtime.options import Options
+
+from .sources import ImageFiles, find_images
 
 TITLES = {
     "real": "ImageNet-ReaL",
@@ -28,11 +29,11 @@ VALIDATION_IMAGES = 50_000
 
 
 class EvalSet(ImageFiles):
-    """Images with ImageNet's class numbers. among: the numbers among which the answer is sought; None: all."""
+    """Images with ImageNet's class numbers. class_subset: the numbers among which the answer is sought; None: all."""
 
-    def __init__(self, samples: Iterable[tuple[str, int]], among: list[int] | None = None) -> None:
+    def __init__(self, samples: Iterable[tuple[str, int]], class_subset: list[int] | None = None) -> None:
         super().__init__(samples, ImageNetInfo().label_names())
-        self.among = among
+        self.class_subset = class_subset
 
 
 class RealImages(EvalSet):
@@ -49,7 +50,7 @@ class RealImages(EvalSet):
         return self.paths[index], target
 
 
-def open_eval_set(options: Options) -> EvalSet:
+def open_eval_set(options: Any) -> EvalSet:
     """The test set that --eval_set and --data_path name. UsageError if it is not there, or is another one."""
     if options.num_classes not in (None, 1000):
         raise UsageError(f"--eval_set {options.eval_set} has ImageNet's 1000 classes: leave out --num_classes")
@@ -79,15 +80,15 @@ def _real(folder: Path) -> RealImages:
 def _folders_of_classes(name: str, folder: Path) -> EvalSet:
     """FOLDER/SYNSET/* or FOLDER/NUMBER/*."""
     synsets = ImageNetInfo().label_names()
-    among = [synsets.index(synset) for synset in _synsets_of(name)] if name in ("a", "r") else None
-    known = {synsets[number]: number for number in among or range(len(synsets))}
+    class_subset = [synsets.index(synset) for synset in _synsets_of(name)] if name in ("a", "r") else None
+    known = {synsets[number]: number for number in class_subset or range(len(synsets))}
     known |= {str(number): number for number in known.values()}
     found = sorted(path.name for path in folder.iterdir() if path.is_dir())
     unknown = [entry for entry in found if entry not in known]
     if not found or unknown:
         hint = "it has no class folders" if not found else f"{unknown[0]} is no class of it"
         raise UsageError(f"{folder} is not {TITLES[name]}: {hint}; --data_path is the folder that holds n01498041, …")
-    images = EvalSet(find_images(folder, {entry: known[entry] for entry in found}), among)
+    images = EvalSet(find_images(folder, {entry: known[entry] for entry in found}), class_subset)
     if not len(images):
         raise UsageError(f"{folder}: its class folders hold no images; unpack {TITLES[name]} anew")
     return images

@@ -5,7 +5,7 @@ from support import CLASSES, SMALL_RUN
 
 import main
 from runtime.checkpoint import BEST
-from runtime.options import parse_args
+from tasks.options import parse_args
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from datasets import eval_transform
 from models.pixels import Pixels, normalize
 from runtime.errors import UsageError
-from runtime.options import Options
+from tasks.classification.transforms import eval_transform
+from tasks.options import Options
 from visualize.images import image_files, open_image, to_tensor, view_of
 
 

@@ -13,10 +13,9 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from runtime.distributed import DistInfo
 from runtime.errors import TemporaryFailure, UsageError
+from runtime.images import MAX_PIXELS, ImageRefused, open_rgb, to_rgb
+from runtime.storage import is_transient
 from utils import seeded, unite_seeds
-
-from .images import MAX_PIXELS, ImageRefused, open_rgb, to_rgb
-from .storage import is_transient
 
 IMAGE_KEYS = ("jpg", "png", "jpeg", "webp")
 """What the image of a shard's sample may be called."""
@@ -37,7 +36,7 @@ class Stream(IterableDataset):
         self.reader, self.name, self.training, self.seed = reader, name, training, seed
         number_of = getattr(reader, "class_to_idx", None) or {}
         self.classes: list[str] = sorted(number_of, key=number_of.get)
-        self.transform: Callable[[Image.Image], Any] = lambda image: image
+        self.transform: Callable[[dict[str, Any]], dict[str, Any]] = lambda sample: sample
         self.numbers: Sequence[int] | None = None
         self.max_pixels = MAX_PIXELS
         self.epoch = SharedCount()
@@ -79,7 +78,7 @@ class Stream(IterableDataset):
         if hasattr(self.reader, "set_epoch"):
             self.reader.set_epoch(epoch)
 
-    def __iter__(self) -> Iterator[tuple[Any, int]]:
+    def __iter__(self) -> Iterator[dict[str, Any]]:
         info = get_worker_info()
         worker, workers = (0, 1) if info is None else (info.id, info.num_workers)
         seeds = self.seed, self.epoch.value, self.reader.dist_rank, worker
@@ -87,8 +86,10 @@ class Stream(IterableDataset):
         samples = self._of_shards(worker, workers, seeds) if shards else self._of_reader()
         for count, (image, target) in enumerate(samples):
             with seeded(*seeds, count):
-                transformed = self.transform(image)
-            yield transformed, target if self.numbers is None else self.numbers[target]
+                yield self.transform({"image": image, "target": self._numbered(target)})
+
+    def _numbered(self, target: int) -> int:
+        return target if self.numbers is None else self.numbers[target]
 
     def _of_reader(self) -> Iterator[Sample]:
         for image, target in self.reader:

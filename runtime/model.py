@@ -1,0 +1,54 @@
+"""A model of this project or of timm, from the options of a run."""
+
+from typing import Any
+
+import timm
+from torch import nn
+
+import models
+from models.arguments import check_arguments
+from runtime.distributed import find_processes
+from runtime.errors import UsageError, did_you_mean, note
+from runtime.options import ModelOptions
+
+
+def check_model_name(name: str, option: str) -> None:
+    """Raise UsageError, naming the closest model, if neither this project nor timm has one of this name."""
+    if not timm.is_model(name):
+        remedy = did_you_mean(name, timm.list_models(), f"try {models.MODEL_NAMES[0]}")
+        raise UsageError(f"unknown {option} {name!r}; {remedy}")
+
+
+def build_model(options: ModelOptions, num_classes: int) -> nn.Module:
+    """Build the model of --model with the options' regularisation. UsageError if timm or the model refuses."""
+    check_model_name(options.model, "--model")
+    cfg = timm.get_pretrained_cfg(options.model, allow_unregistered=True)
+    ours = timm.models.is_model_in_modules(options.model, ("debiformer", "biformer", "stl"))
+    sized = ours or bool(cfg and cfg.fixed_input_size)
+    arguments = {
+        "num_classes": num_classes,
+        "drop_rate": options.drop,
+        "drop_path_rate": options.drop_path,
+        **({"img_size": options.input_size} if sized else {}),
+        **options.model_kwargs,
+    }
+    return _create_model(options, arguments)
+
+
+def _create_model(options: ModelOptions, arguments: dict[str, Any]) -> nn.Module:
+    try:
+        check_arguments(options.model, options.model_kwargs)
+        return timm.create_model(options.model, **arguments)
+    except TypeError as error:
+        # A rate that nobody has to have asked for is no reason to refuse a model.
+        if "'drop_path_rate'" not in str(error):
+            raise UsageError(f"--model {options.model}: {error}") from error
+        if options.drop_path not in (0, ModelOptions.drop_path):
+            raise UsageError(
+                f"--drop_path {options.drop_path}: {options.model} has no stochastic depth; leave the option out"
+            ) from error
+        if options.drop_path and find_processes().is_main:
+            note(f"{options.model} has no stochastic depth: --drop_path {options.drop_path} has no effect")
+        return _create_model(options, {name: arguments[name] for name in arguments if name != "drop_path_rate"})
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(f"--model {options.model}: {error}") from error

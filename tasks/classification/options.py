@@ -1,0 +1,124 @@
+"""The options of classification."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from runtime.errors import UsageError
+from runtime.options import option
+
+
+@dataclass
+class AugmentationOptions:
+    """Augmentation"""
+
+    color_jitter: float | None = option(0.4, "colour jitter, used where --aa is off", at_least=0)
+    aa: str | None = option("rand-m9-mstd0.5-inc1", "AutoAugment or RandAugment policy; null or none: off")
+    smoothing: float = option(0.1, "label smoothing", at_least=0, below=1)
+    train_interpolation: str = option("bicubic", "resizing in training", choices=("random", "bilinear", "bicubic"))
+    scale: list[float] = option(
+        [0.08, 1.0],
+        "area of a random crop as fractions of the image: smallest, largest",
+        above=0,
+        at_most=1,
+        counts=(2,),
+        ascending=True,
+    )
+    hflip: float = option(0.5, "probability of a horizontal flip", at_least=0, at_most=1)
+    repeated_aug: bool = option(True, "repeated augmentation: three views of an image per epoch, a third of the images")
+    reprob: float = option(0.25, "probability of random erasing", at_least=0, at_most=1)
+    remode: str = option("pixel", "what erased areas are filled with", choices=("const", "rand", "pixel"))
+    recount: int = option(1, "erased areas per image", at_least=1)
+    crop_pct: float | None = option(
+        None,
+        "evaluation: centre crop as a fraction of the resized side; null: as the model wants, ours 224/256",
+        above=0,
+        at_most=1,
+    )
+    interpolation: str | None = option(
+        None,
+        "evaluation: resizing; null: as the model wants, ours bicubic",
+        choices=("bilinear", "bicubic", "nearest", "lanczos"),
+    )
+    mean: list[float] | None = option(
+        None,
+        "mean of the pixels: red, green, blue; null: as the model wants, ours ImageNet's",
+        at_least=0,
+        at_most=1,
+        counts=(3,),
+    )
+    std: list[float] | None = option(
+        None, "deviation of the pixels; null: as the model wants, ours ImageNet's", above=0, at_most=10, counts=(3,)
+    )
+
+
+@dataclass
+class MixingOptions:
+    """Mixing"""
+
+    mixup: float = option(0.8, "mixup alpha; 0: off", at_least=0)
+    cutmix: float = option(1.0, "CutMix alpha; 0: off", at_least=0)
+    cutmix_minmax: list[float] | None = option(
+        None,
+        "smallest and largest side of the CutMix box as fractions of the image; overrides alpha",
+        at_least=0,
+        at_most=1,
+        counts=(2,),
+        ascending=True,
+    )
+    mixup_prob: float = option(1.0, "probability of mixing a batch", at_least=0, at_most=1)
+    mixup_switch_prob: float = option(0.5, "probability of CutMix where both are on", at_least=0, at_most=1)
+    mixup_mode: str = option("batch", "mix per batch, pair or element", choices=("batch", "pair", "elem"))
+
+
+def check_mixing(options: Any) -> None:
+    """UsageError if a batch cannot be mixed."""
+    if mixing(options) and options.batch_size % 2 and not options.eval:
+        raise UsageError(f"mixup and CutMix pair images: --batch_size must be even, not {options.batch_size}")
+
+
+@dataclass
+class DistillationOptions:
+    """Distillation"""
+
+    teacher_model: str = option("regnety_160", "any model of timm")
+    teacher_path: str = option("", "checkpoint of the teacher; empty: timm's pretrained weights")
+    distillation_type: str = option("none", "what the teacher teaches", choices=("none", "soft", "hard"))
+    distillation_alpha: float = option(0.5, "weight of the teacher", at_least=0, at_most=1)
+    distillation_tau: float = option(1.0, "temperature of soft distillation", above=0)
+
+
+@dataclass
+class DataOptions:
+    """Data"""
+
+    data_path: str = option("", "folder of the data; ImageNet: with train/ and val/")
+    data_set: str = option(
+        "IMNET",
+        "IMNET (any folder with train/CLASS/ and val/CLASS/), CIFAR (100), INAT, INAT19, DIGITS (1,797 scanned digits, "
+        "no download), TAR (train.tar and val.tar), or a timm dataset such as hfds/NAME or wds/NAME",
+    )
+    eval_set: str = option(
+        "val",
+        "with --eval: which test set of ImageNet to use; real: the images of val/ with ReaL's labels; for the others "
+        "--data_path is the folder of ImageNet-V2, -A, -R or -Sketch that holds the class folders",
+        choices=("val", "real", "v2", "a", "r", "sketch"),
+    )
+    num_classes: int | None = option(None, "classes of the classifier; null: as many as the data has", at_least=1)
+    train_split: str = option("train", "training split of a timm dataset")
+    val_split: str = option("validation", "evaluation split of a timm dataset")
+    inat_category: str = option(
+        "name",
+        "level of iNaturalist's labels",
+        choices=("name", "kingdom", "phylum", "class", "order", "supercategory", "family", "genus"),
+    )
+
+
+def check_data(options: Any) -> None:
+    """UsageError if there is no such test set of what is evaluated."""
+    if options.eval_set != "val" and not (options.eval and options.data_set == "IMNET"):
+        raise UsageError(f"--eval_set {options.eval_set} is for evaluating on ImageNet: --eval, and no --data_set")
+
+
+def mixing(options: MixingOptions) -> bool:
+    """Whether batches are mixed (by mixup or CutMix)."""
+    return options.mixup > 0 or options.cutmix > 0 or options.cutmix_minmax is not None

@@ -1,0 +1,317 @@
+"""Where classified images come from: datasets of (path, open file or PIL image; class number).
+
+Each has `classes`, the names of its numbers, and `name_of(index)`.
+"""
+
+import io
+import json
+import os
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+import numpy as np
+from PIL import Image
+from timm.data import ImageDataset, ImageNetInfo, create_dataset
+from torch.utils.data import Dataset, IterableDataset
+from torchvision import datasets as vision
+from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
+
+from models.weights.sources import cache_folder
+from runtime.errors import UsageError, listed
+from runtime.packed import PackedPaths
+from runtime.tar import TarFiles
+
+from .streams import Stream
+
+
+class ImageFiles(Dataset):
+    """Images given as (path, class number) pairs. classes: their names."""
+
+    def __init__(self, samples: Iterable[tuple[str, int]], classes: Sequence[str]) -> None:
+        targets: list[int] = []
+
+        def paths() -> Iterator[str]:
+            for path, target in samples:
+                targets.append(target)
+                yield path
+
+        self.paths, self.classes = PackedPaths(paths()), list(classes)
+        self.targets = np.array(targets, np.int64)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[str, int]:
+        return self.paths[index], int(self.targets[index])
+
+    def name_of(self, index: int) -> str:
+        return self.paths[index]
+
+
+class TarImages(Dataset):
+    """The images of a tar file, whose class is the name of the folder that they are in."""
+
+    def __init__(self, path: Path) -> None:
+        self.files = TarFiles(path, IMG_EXTENSIONS, cache_folder())
+        labels = [os.path.basename(os.path.dirname(name)) for name in self.files.names]
+        self.classes = sorted(set(labels))
+        if not labels or not all(self.classes):
+            raise UsageError(f"{path} must hold class folders with images in them, and no images beside them")
+        number = {name: i for i, name in enumerate(self.classes)}
+        self.targets = np.array([number[label] for label in labels], np.int64)
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[io.BytesIO, int]:
+        return io.BytesIO(self.files.read(index)), int(self.targets[index])
+
+    def name_of(self, index: int) -> str:
+        return f"{self.files.names[index]} of {self.files.path}"
+
+
+class Digits(Dataset):
+    """scikit-learn's 1,797 scanned digits (8x8, grey): 1,437 to train on, 360 to test, stratified, always the same."""
+
+    classes = tuple("0123456789")
+
+    def __init__(self, train: bool) -> None:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+
+        digits = load_digits()
+        everything = np.arange(len(digits.target))
+        split = train_test_split(everything, test_size=0.2, stratify=digits.target, random_state=0)
+        chosen = np.sort(split[0 if train else 1])
+        self.images = (digits.images[chosen] * (255 / 16)).round().astype(np.uint8)
+        self.targets = digits.target[chosen].tolist()
+
+    def __len__(self) -> int:
+        return len(self.targets)
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.fromarray(self.images[index]).convert("RGB"), self.targets[index]
+
+    def name_of(self, index: int) -> str:
+        return f"digit {index}"
+
+
+class ReaderImages(Dataset):
+    """The images of a timm reader (Hugging Face datasets)."""
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+        number_of = getattr(reader, "class_to_idx", None) or {}
+        self.classes = sorted(number_of, key=number_of.get)
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[BinaryIO, int]:
+        file, target, *_ = self.reader[index]
+        return file, target
+
+    def name_of(self, index: int) -> str:
+        return self.reader.filename(index)
+
+
+class Cifar100(vision.CIFAR100):
+    """CIFAR-100 as torchvision reads it."""
+
+    def name_of(self, index: int) -> str:
+        return f"image {index} of {self.root}"
+
+
+def image_folder(root: str, split: str) -> ImageFiles:
+    """ROOT/SPLIT/CLASS/*. UsageError if a folder is missing, or in training empty."""
+    folder = Path(root, split)
+    if not folder.is_dir():
+        raise UsageError(f"{folder} is not a folder; --data_path must hold train/CLASS/ and val/CLASS/ folders")
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    if not classes:
+        raise UsageError(f"{folder} has no class folders; put the images in {folder}/CLASS/")
+    images = ImageFiles(find_images(folder, {name: number for number, name in enumerate(classes)}), classes)
+    counts = np.bincount(images.targets, minlength=len(classes))
+    if not len(images):
+        raise UsageError(f"the class folders of {folder} hold no images; fill them")
+    if split == "train" and not counts.all():
+        raise UsageError(f"class folder {folder / classes[counts.argmin()]} holds no image; fill or remove it")
+    return images
+
+
+def find_images(folder: Path, numbers: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+    """The images in the class folders under `folder`, by name, with the numbers of their classes."""
+
+    def fail(error: OSError) -> NoReturn:
+        raise error
+
+    for name, number in sorted(numbers.items()):
+        for inner, _, files in sorted(os.walk(folder / name, onerror=fail, followlinks=True)):
+            yield from ((os.path.join(inner, file), number) for file in sorted(files) if is_image_file(file))
+
+
+def tar_file(root: str, split: str) -> TarImages:
+    """ROOT/SPLIT.tar. UsageError if it is missing, or no tar file of class folders."""
+    path = Path(root, f"{split}.tar")
+    if not path.is_file():
+        raise UsageError(f"{path} is missing; --data_set TAR reads train.tar and val.tar, with one folder per class")
+    return TarImages(path)
+
+
+def inaturalist(root: str, year: int, category: str) -> tuple[ImageFiles, ImageFiles]:
+    """iNaturalist 2018 or 2019 as published: trainYEAR.json, valYEAR.json, categories.json and the image folders."""
+    try:
+        categories = {entry["id"]: entry for entry in _read_json(Path(root, "categories.json"))}
+        missing = [entry["id"] for entry in categories.values() if category not in entry]
+        if missing:
+            raise UsageError(
+                f"{root}/categories.json: category {missing[0]} has no {category!r}; choose --inat_category"
+            )
+        classes = sorted({entry[category] for entry in categories.values()})
+        number = {name: i for i, name in enumerate(classes)}
+        parts = []
+        for split in ("train", "val"):
+            content = _read_json(Path(root, f"{split}{year}.json"))
+            files = {image["id"]: image["file_name"] for image in content["images"]}
+            samples = [
+                (os.path.join(root, files[entry["image_id"]]), number[categories[entry["category_id"]][category]])
+                for entry in content["annotations"]
+            ]
+            parts.append(ImageFiles(samples, classes))
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"{root}: the annotations are incomplete, they lack {error}; unpack them anew") from error
+    return parts[0], parts[1]
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UsageError(f"{path} is missing; unpack the annotations of iNaturalist there") from error
+    except ValueError as error:
+        raise UsageError(f"{path} is not JSON: {error}") from error
+
+
+def open_sources(options: Any) -> tuple[Dataset, Dataset]:
+    """The training and the test images that --data_set and --data_path name. UsageError if they cannot be read.
+
+    Evaluating takes the test images alone where they say by themselves which classes there are.
+    """
+    name, root = options.data_set, options.data_path
+    if name == "DIGITS":
+        return Digits(train=True), Digits(train=False)
+    kind = name.partition("/")[0].lower()
+    if not root and kind not in ("hfds", "hfids", "tfds"):
+        raise UsageError(f"--data_set {name} needs --data_path (or try --data_set DIGITS, which needs no files)")
+    if root and not Path(root).exists():
+        raise UsageError(f"--data_path {root} does not exist")
+    if name in ("IMNET", "TAR"):
+        open_split = image_folder if name == "IMNET" else tar_file
+        train = None if options.eval else open_split(root, "train")
+        test = open_split(root, "val")
+        return train or test, test
+    if name == "CIFAR":
+        try:
+            return Cifar100(root, train=True), Cifar100(root, train=False)
+        except RuntimeError as error:
+            raise UsageError(f"no CIFAR-100 under {root}; unpack cifar-100-python.tar.gz there") from error
+    if name in ("INAT", "INAT19"):
+        return inaturalist(root, 2019 if name == "INAT19" else 2018, options.inat_category)
+    if "/" in name:
+        return _timm_source(options, train=True), _timm_source(options, train=False)
+    raise UsageError(f"unknown --data_set {name!r}; known: IMNET, CIFAR, INAT, INAT19, DIGITS, TAR, hfds/…, wds/…")
+
+
+LISTED = ("IMNET", "INAT", "INAT19", "TAR")
+"""Data sets whose files are listed, which takes minutes: one process does it and tells the others."""
+
+
+def _import_hugging_face() -> None:
+    """Have `import datasets` mean Hugging Face's package, not this project's file, which a run does not import."""
+    if "datasets" in sys.modules:
+        return
+    here = Path(__file__).resolve().parents[2]
+    spec = PathFinder.find_spec("datasets", [entry for entry in sys.path if Path(entry).resolve() != here])
+    if spec is None:
+        raise ImportError("No module named 'datasets'")
+    sys.modules["datasets"] = module_from_spec(spec)
+    spec.loader.exec_module(sys.modules["datasets"])
+
+
+def _timm_source(options: Any, train: bool) -> Dataset:
+    split = options.train_split if train else options.val_split
+    try:
+        if options.data_set.startswith(("hfds/", "hfids/")):
+            _import_hugging_face()
+        dataset = create_dataset(
+            options.data_set,
+            root=options.data_path or None,
+            split=split,
+            is_training=train,
+            batch_size=options.batch_size,
+            seed=options.seed,
+            **({"input_img_mode": ""} if options.data_set.startswith("hfids/") else {}),  # converted here
+        )
+    except ImportError as error:
+        raise UsageError(f"--data_set {options.data_set} needs another package ({error}); pip install it") from error
+    except (AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(f"--data_set {options.data_set}, split {split!r}: {error or type(error).__name__}") from error
+    if isinstance(dataset, IterableDataset):
+        return Stream(dataset.reader, options.data_set, train, options.seed)
+    return ReaderImages(dataset.reader) if isinstance(dataset, ImageDataset) else dataset
+
+
+def choose_classes(options: Any, found: Sequence[str], trained: list[str]) -> list[str]:
+    """The names of the classes by number: those that the weights were trained on if they are known and the same."""
+    found, synsets = list(found), ImageNetInfo().label_names()
+    if not options.eval:
+        return trained if set(trained) == set(found) else found
+    if trained or not found:
+        return trained
+    count = options.num_classes or len(found)
+    if count == len(synsets) and set(found) <= set(synsets):  # what weights of 1000 classes are taken to know
+        return synsets
+    if (options.resume or options.load_release) and len(found) < count:
+        raise UsageError(
+            f"the weights do not name their {count} classes, so it is not known which of them the data's {len(found)} "
+            "are; add (empty) class folders for the others"
+        )
+    return found
+
+
+def class_numbers(source: Dataset, classes: Sequence[str], options: Any) -> list[int] | None:
+    """The number among `classes` of each of a source's classes; None where they agree, or one side has no names.
+
+    UsageError if the source has others.
+    """
+    found = list(getattr(source, "classes", []))
+    if not found or not classes or found == list(classes):
+        return None
+    number = {name: i for i, name in enumerate(classes)}
+    unknown = [name for name in found if name not in number]
+    if unknown:
+        known = "that the weights know" if options.eval else "of the training data"
+        raise UsageError(f"{options.data_path or options.data_set}: {listed(unknown)} is none of the classes {known}")
+    return [number[name] for name in found]
+
+
+class Samples(Dataset):
+    """A source as samples of "image" and "target", with the classes numbered anew: `numbers`, None as they are."""
+
+    def __init__(self, source: Dataset, numbers: Sequence[int] | None) -> None:
+        self.source, self.numbers = source, numbers
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image, target = self.source[index]
+        return {"image": image, "target": target if self.numbers is None else self.numbers[target]}
+
+    def name_of(self, index: int) -> str:
+        """Say which image a number is, for messages."""
+        return self.source.name_of(index) if hasattr(self.source, "name_of") else f"number {index}"

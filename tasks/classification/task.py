@@ -1,0 +1,196 @@
+"""Classification as the engine sees it."""
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from timm.data import ImageNetInfo, Mixup
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor, nn
+from torch.utils.data import Dataset, IterableDataset
+
+from models.pixels import normalize
+from models.weights import load_to_finetune
+from runtime.agreement import decide
+from runtime.errors import UsageError
+from runtime.model import build_model, check_model_name
+from runtime.samplers import REPEATS
+from runtime.storage import read_patiently
+from tasks.base import Batch, Evaluator, Sample, Task
+
+from .eval_sets import TITLES, open_eval_set
+from .evaluator import TopK
+from .losses import build_loss
+from .options import (
+    AugmentationOptions,
+    DataOptions,
+    DistillationOptions,
+    MixingOptions,
+    check_data,
+    check_mixing,
+    mixing,
+)
+from .sources import LISTED, Samples, choose_classes, class_numbers, open_sources
+from .teacher import build_teacher
+from .transforms import ImageTransform, eval_transform, pixels_for, train_transform
+
+PIXEL_OPTIONS = ("input_size", "crop_pct", "interpolation", "mean", "std")
+
+
+class Classification(Task):
+    """One class per image, judged by top-1 accuracy. Batches have "targets": (B,) int64, or shares (B, C)."""
+
+    options = (DataOptions, AugmentationOptions, MixingOptions, DistillationOptions)
+    checks = (check_mixing, check_data)
+    metric = "acc1"
+    title = "accuracy"
+    figures: ClassVar[dict[str, str]] = {"acc1": "top-1", "acc5": "top-5"}
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.pixels = pixels_for(self.opts)
+        self.repeats = REPEATS if self.opts.repeated_aug else 1
+        self.named = False
+        self._subset: list[int] | None = None
+
+    def check(self) -> None:
+        if self.opts.eval:
+            return
+        if self.opts.distillation_type != "none":
+            check_model_name(self.opts.teacher_model, "--teacher_model")
+        train_transform(self.opts)
+
+    # -- data
+
+    def sources(self, trained: Sequence[str] = ()) -> tuple[Dataset | None, Dataset]:
+        train, test = self._open(list(trained))
+        found = getattr(test if train is None else train, "classes", [])
+        self.named, self.classes = bool(found), choose_classes(self.opts, found, list(trained))
+        self.num_classes = self.opts.num_classes or len(self.classes)
+        if self.num_classes == 0:
+            raise UsageError(
+                f"--data_set {self.opts.data_set} does not say how many classes it has; pass --num_classes"
+            )
+        if self.num_classes < len(self.classes):
+            raise UsageError(
+                f"--num_classes {self.num_classes} is fewer than the {len(self.classes)} classes of the data"
+            )
+        return None if train is None else self._numbered(train), self._numbered(test)
+
+    def _open(self, trained: list[str]) -> tuple[Dataset | None, Dataset]:
+        opts = self.opts
+        if opts.eval_set != "val":
+            source = decide(lambda: open_eval_set(opts), self.info)
+            if trained and trained != source.classes:
+                raise UsageError(f"--eval_set {opts.eval_set} has ImageNet's 1000 classes, {opts.resume} others")
+            self._subset = source.class_subset
+            return None, source
+        if opts.data_set not in LISTED:
+            train, test = open_sources(opts)
+        else:
+            place = f"--data_path {opts.data_path}"
+            train, test = decide(lambda: read_patiently(lambda: open_sources(opts), place), self.info)
+        return None if opts.eval else train, test
+
+    def _numbered(self, source: Dataset) -> Dataset:
+        numbers = class_numbers(source, self.classes, self.opts)
+        if isinstance(source, IterableDataset):
+            source.numbers = numbers
+            return source
+        return Samples(source, numbers)
+
+    def transform(self, train: bool) -> Callable[[Sample], Sample]:
+        return ImageTransform(train_transform(self.opts) if train else eval_transform(self.opts))
+
+    def collate(self, samples: list[Sample]) -> Batch:
+        batch = super().collate(samples)
+        return {"images": batch["images"], "targets": batch["target"]}
+
+    def order(self) -> dict[str, Any]:
+        return {"data_set": self.opts.data_set, "repeated_aug": self.opts.repeated_aug}
+
+    # -- model
+
+    def build_model(self) -> nn.Module:
+        return build_model(self.opts, self.num_classes)
+
+    def load_pretrained(self, model: nn.Module, weights: dict[str, Tensor], trained: Sequence[str], path: Path) -> list:
+        if trained and self.classes and list(trained) != list(self.classes):
+            weights = without_classifier(model, weights)
+        return load_to_finetune(model, weights, path)
+
+    # -- training and evaluation
+
+    def preprocess(self, batch: Batch, train: bool) -> Batch:
+        images, targets = normalize(batch["images"], self.pixels), batch["targets"]
+        if train:
+            if self._erase is not None:
+                images = self._erase(images)
+            if self._mixup is not None:
+                images, targets = self._mixup(images, targets)
+        return {"images": images, "targets": targets}
+
+    @cached_property
+    def _erase(self) -> RandomErasing | None:
+        """What erases a part of some images (arXiv 1708.04896); None if it is off."""
+        opts = self.opts
+        if opts.reprob == 0:
+            return None
+        return RandomErasing(opts.reprob, mode=opts.remode, max_count=opts.recount, device=self.device)
+
+    @cached_property
+    def _mixup(self) -> Mixup | None:
+        """What mixes batches and smooths their labels; None if mixing is off."""
+        opts = self.opts
+        if not mixing(opts):
+            return None
+        return Mixup(
+            mixup_alpha=opts.mixup,
+            cutmix_alpha=opts.cutmix,
+            cutmix_minmax=opts.cutmix_minmax,
+            prob=opts.mixup_prob,
+            switch_prob=opts.mixup_switch_prob,
+            mode=opts.mixup_mode,
+            label_smoothing=opts.smoothing,
+            num_classes=self.num_classes,
+        )
+
+    @cached_property
+    def criterion(self) -> nn.Module:
+        """The loss, called as criterion(images, logits, targets), with its teacher if there is one."""
+        return build_loss(self.opts, build_teacher(self.opts, self.num_classes, self.pixels, self.device))
+
+    def loss(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
+        return {"loss": self.criterion(batch["images"], outputs, batch["targets"])}
+
+    def evaluator(self, split: bool) -> Evaluator:
+        return TopK(self.device, self.info if split else None, self._subset)
+
+    def report(self, metrics: dict[str, float]) -> list[str]:
+        """The two lines that the published scripts print."""
+        prefix = "" if self.opts.eval_set == "val" else f"{TITLES[self.opts.eval_set]}: "
+        images, accuracy = metrics["images"], metrics["acc1"]
+        return [
+            f"{prefix}* Acc@1 {accuracy:.3f} Acc@5 {metrics['acc5']:.3f} loss {metrics['loss']:.3f}",
+            f"{prefix}Accuracy of the network on the {images} test images: {accuracy:.1f}%",
+        ]
+
+    def notes(self, trained: dict[str, Any], classes: Sequence[str]) -> list[str]:
+        lines = []
+        names = [name for name in PIXEL_OPTIONS if name in trained and trained[name] != getattr(self.opts, name)]
+        if names:
+            there, here = (" ".join(f"--{n} {of[n]}" for n in names) for of in (trained, vars(self.opts)))
+            lines.append(f"trained with {there}, evaluated with {here}")
+        known = bool(classes) or list(self.classes) == ImageNetInfo().label_names()
+        if self.named != known and (self.named or classes):
+            nameless = self.opts.resume if self.named else f"--data_set {self.opts.data_set}"
+            lines.append(f"{nameless} does not name its classes: they go by number")
+        return lines
+
+
+def without_classifier(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights that do not belong to the classifier, which was trained on other classes."""
+    classifier = model.default_cfg.get("classifier") or "head"
+    prefixes = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
+    return {name: value for name, value in weights.items() if not name.startswith(prefixes)}
