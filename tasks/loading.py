@@ -46,11 +46,12 @@ class Transformed(Dataset):
         return len(self.source)
 
     def __getitem__(self, key: Key) -> Sample:
-        sample = self._read(key.index)
+        sample = self.read(key.index)
         with seeded(self.seed, key.epoch, key.position):
             return self.transform(sample)
 
-    def _read(self, index: int) -> Sample:
+    def read(self, index: int) -> Sample:
+        """Return a sample with its image opened. Raises UsageError, naming the file, if that cannot be done."""
         name = self.source.name_of(index)
 
         def read() -> Sample:
@@ -105,7 +106,9 @@ class Data:
         dataset, size = self.train.dataset, self.train.batch_size
         if isinstance(dataset, IterableDataset):
             return next(iter(self.val))
-        return self.train.collate_fn([dataset[Key(number % len(dataset))] for number in range(size)])
+        with seeded(0):
+            samples = [dataset.transform(dataset.read(number % len(dataset))) for number in range(size)]
+        return self.train.collate_fn(samples)
 
     @property
     def streamed(self) -> bool:

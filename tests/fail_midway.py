@@ -5,14 +5,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import datasets
 import main
 from runtime.errors import exit_on_error
 from runtime.samplers import Key
+from tasks import loading
 from tasks.options import parse_args
 
 
-class Failing(datasets.Transformed):
+class Failing(loading.Transformed):
     def __getitem__(self, key: Key) -> tuple:
         if len(self.source) == 48 and key.position == 19:
             raise ZeroDivisionError("a mistake in somebody's code")
@@ -20,5 +20,5 @@ class Failing(datasets.Transformed):
 
 
 if __name__ == "__main__":
-    datasets.Transformed = Failing
+    loading.Transformed = Failing
     exit_on_error("main.py", lambda: main.run(parse_args(sys.argv[1:])))

@@ -34,13 +34,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from support import CLASSES, write_images  # noqa: E402
 
-import datasets  # noqa: E402
 import main as program  # noqa: E402
 from models.weights import load_checkpoint  # noqa: E402
 from runtime.checkpoint import LAST, TEMPORARY, load_latest, place_of  # noqa: E402
 from runtime.errors import exit_on_error  # noqa: E402
-from runtime.options import parse_args  # noqa: E402
 from runtime.samplers import Key  # noqa: E402
+from tasks import loading  # noqa: E402
+from tasks.options import parse_args  # noqa: E402
 
 TOTAL_BATCH, EPOCHS, IMAGES_PER_CLASS = 12, 3, 12
 PHASES = ("starting", "training", "writing", "training")
@@ -63,7 +63,7 @@ ALIKE_ANYWHERE = [
 """Nothing that depends on the number of processes but the order of sums."""
 
 
-class Recorded(datasets.Transformed):
+class Recorded(loading.Transformed):
     """Notes each training image as "epoch position index" when it is read."""
 
     images: int
@@ -120,7 +120,7 @@ class Launch:
             os.dup2(log, 1)
             os.dup2(log, 2)
             Recorded.images = os.open(self.images, os.O_WRONLY | os.O_APPEND)
-            datasets.Transformed = Recorded
+            loading.Transformed = Recorded
             os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank))
             exit_on_error("main.py", lambda: program.run(parse_args(argv)))
             self.log.with_name("modules").write_text("\n".join(sys.modules))

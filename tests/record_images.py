@@ -8,14 +8,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import datasets
 import main
 from runtime.errors import exit_on_error
 from runtime.samplers import Key
+from tasks import loading
 from tasks.options import parse_args
 
 
-class Recorded(datasets.Transformed):
+class Recorded(loading.Transformed):
     file = sys.argv[1]
 
     def __getitem__(self, key: Key) -> tuple:
@@ -26,5 +26,5 @@ class Recorded(datasets.Transformed):
 
 
 if __name__ == "__main__":
-    datasets.Transformed = Recorded
+    loading.Transformed = Recorded
     exit_on_error("main.py", lambda: main.run(parse_args(sys.argv[2:])))

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+from runtime.distributed import DistInfo
 from runtime.errors import UsageError
+from tasks import find_task, loading
 
 if not torch.cuda.is_available():  # read when Triton is first imported, which timm and torchvision do
     os.environ["TRITON_INTERPRET"] = "1"
@@ -89,3 +92,11 @@ def write_images(folder: Path, count: int, shade: int, seed: int) -> None:
     for number in range(count):
         noise = generator.integers(0, 60, (40, 44, 3)) + shade
         Image.fromarray(noise.astype(np.uint8)).save(folder / f"{number}.png")
+
+
+def build_data(options, info: DistInfo | None = None, device: object = "cpu", trained: tuple | list = ()) -> Any:
+    """The loaders of a run with these options, and what its task knows: `task`, `classes`, `num_classes`."""
+    task = find_task(options.task)(options, info or DistInfo(), device)
+    data = loading.build_data(task, options, trained)
+    data.task, data.classes, data.num_classes = task, list(task.classes), task.num_classes
+    return data

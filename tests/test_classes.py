@@ -4,14 +4,13 @@ import shutil
 
 import pytest
 import torch
-from support import CLASSES, SMALL_RUN, complaint, write_images
+from support import CLASSES, SMALL_RUN, build_data, complaint, write_images
 from timm.data import ImageNetInfo
 
 import main
 from models.labels import class_names
 from runtime.checkpoint import BEST, LAST
 from runtime.distributed import DistInfo
-from tasks.loading import build_data
 from tasks.options import parse_args
 from tools.loading import load_model
 from tools.predict import predict
@@ -100,7 +99,7 @@ def test_released_weights_know_imagenet_by_its_synsets(tmp_path):
         write_images(tmp_path / "val" / synsets[number], 1, 0, number)
     data = data_of(tmp_path, "--eval", "--num_classes", 1000)
     assert data.classes == synsets
-    assert [int(target) for _, targets in data.val for target in targets] == [7, 300]
+    assert [int(target) for batch in data.val for target in batch["targets"]] == [7, 300]
 
 
 def test_resuming_keeps_the_numbers_of_the_checkpoint(run_folder, shared_images, tmp_path):
@@ -108,7 +107,7 @@ def test_resuming_keeps_the_numbers_of_the_checkpoint(run_folder, shared_images,
     names = list(CLASSES[::-1])
     data = data_of(shared_images, "--no_repeated_aug", trained=names)
     assert data.classes == names
-    _, targets = next(iter(data.val))
+    targets = next(iter(data.val))["targets"]
     assert targets.tolist() == [3] * 5 + [2] * 5 + [1, 1]
     folder = tmp_path / "run"
     folder.mkdir()
@@ -136,7 +135,7 @@ def test_validation_images_of_some_classes_are_numbered_as_in_training(image_fol
         path.unlink()
     data = data_of(image_folder)
     assert (data.num_classes, data.classes) == (4, list(CLASSES))
-    assert {int(target) for _, targets in data.val for target in targets} == {2, 3}
+    assert {int(target) for batch in data.val for target in batch["targets"]} == {2, 3}
 
 
 def test_predictions_carry_the_checkpoints_names(run_folder, shared_images, tmp_path):

@@ -12,16 +12,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from support import CLASSES, SMALL_RUN, command
+from support import CLASSES, SMALL_RUN, build_data, command
 
-import datasets
 from runtime.distributed import DistInfo
 from runtime.errors import UsageError
 from runtime.samplers import EvalSampler, Key, TrainSampler
 from tasks.classification.sources import Cifar100, Digits
 from tasks.classification.transforms import eval_transform
-from tasks.loading import Transformed, build_data
-from tasks.options import Options, parse_args
+from tasks.options import parse_args
 
 ALONE = DistInfo()
 CPU = torch.device("cpu")
@@ -33,11 +31,10 @@ def options_for(*argv):
 
 def stream(size, total_batch, world_size, epoch=0, start=0, repeated_aug=False, seed=0):
     """What all processes see, in order."""
-    options = Options(repeated_aug=repeated_aug, seed=seed)
     shares = []
     for rank in range(world_size):
-        sampler = TrainSampler(size, total_batch, options, DistInfo(rank, world_size))
-        sampler.place(epoch, start)
+        sampler = TrainSampler(size, total_batch, seed, 3 if repeated_aug else 1, DistInfo(rank, world_size))
+        sampler.set_position(epoch, start)
         assert len(sampler) == len(list(sampler))
         shares.append(list(sampler))
     return [key for keys in zip(*shares, strict=True) for key in keys]
@@ -77,7 +74,7 @@ def test_repeated_augmentation_shows_a_third_of_the_images_three_times():
 
 def test_too_few_images_for_a_batch_is_said():
     with pytest.raises(UsageError, match="lower --batch_size"):
-        TrainSampler(10, 16, Options(), ALONE)
+        TrainSampler(10, 16, 0, 1, ALONE)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
@@ -89,21 +86,19 @@ def test_split_evaluation_counts_every_image_once(world_size):
 
 def test_augmentation_depends_on_the_key_alone(shared_images):
     options = options_for("--data_path", shared_images, "--input_size", 48)
-    source, _ = datasets.open_sources(options)
-    images = Transformed(source, datasets.train_transform(options), seed=0)
+    images = build_data(options).train.dataset
     torch.manual_seed(1)
-    first = images[Key(3, epoch=2, position=7)][0]
+    first = images[Key(3, epoch=2, position=7)]["image"]
     torch.manual_seed(2)
     np.random.seed(5)
-    assert torch.equal(images[Key(3, epoch=2, position=7)][0], first)
-    assert not torch.equal(images[Key(3, epoch=2, position=8)][0], first)
-    assert not torch.equal(images[Key(3, epoch=3, position=7)][0], first)
+    assert torch.equal(images[Key(3, epoch=2, position=7)]["image"], first)
+    assert not torch.equal(images[Key(3, epoch=2, position=8)]["image"], first)
+    assert not torch.equal(images[Key(3, epoch=3, position=7)]["image"], first)
 
 
 def test_reading_leaves_the_random_numbers_of_the_process_alone(shared_images):
     options = options_for("--data_path", shared_images)
-    source, _ = datasets.open_sources(options)
-    images = Transformed(source, datasets.train_transform(options), seed=0)
+    images = build_data(options).train.dataset
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
@@ -116,8 +111,8 @@ def test_workers_load_what_the_process_itself_would(shared_images):
     for workers in (0, 2):
         options = options_for("--data_path", shared_images, "--num_workers", workers, "--input_size", 32)
         data = build_data(options, ALONE, CPU)
-        assert data.place(epoch=1, start=8) == 2
-        batches.append([images for images, _ in data.train])
+        assert data.set_position(epoch=1, start=8) == 2
+        batches.append([batch["images"] for batch in data.train])
     assert all(torch.equal(a, b) for a, b in zip(*batches, strict=True))
 
 
@@ -127,7 +122,7 @@ def test_workers_load_what_the_process_itself_would(shared_images):
 def test_folders_give_classes_and_images(shared_images):
     data = build_data(options_for("--data_path", shared_images), ALONE, CPU)
     assert (data.num_classes, tuple(data.classes), len(data.val.dataset)) == (4, CLASSES, 20)
-    images, targets = next(iter(data.val))
+    images, targets = next(iter(data.val)).values()
     assert images.shape == (6, 3, 224, 224)  # 1.5 times the batch
     assert targets.tolist() == [0] * 5 + [1]
 
@@ -218,7 +213,7 @@ def test_cifar(tmp_path, monkeypatch):
     monkeypatch.setattr(Cifar100, "meta", {**Cifar100.meta, "md5": checksum["meta"]})
     data = build_data(options_for("--data_set", "CIFAR", "--data_path", tmp_path, "--input_size", 32), ALONE, CPU)
     assert (data.num_classes, data.updates) == (100, 2)
-    assert next(iter(data.train))[0].shape == (4, 3, 32, 32)
+    assert next(iter(data.train))["images"].shape == (4, 3, 32, 32)
 
 
 def test_evaluation_crops_the_published_share(shared_images):
@@ -311,9 +306,9 @@ def test_broken_annotations(tmp_path):
 
 def test_watched_images_are_spread_over_the_evaluation_data(small_options):
     data = build_data(small_options(), DistInfo(), torch.device("cpu"))
-    images = data.watched(4)
+    images = torch.stack(data.watched(4))
     assert images.shape == (4, 3, 32, 32)
-    assert torch.equal(images, data.watched(4))
-    everything = torch.cat([batch for batch, _ in data.val])
+    assert torch.equal(images, torch.stack(data.watched(4)))
+    everything = torch.cat([batch["images"] for batch in data.val])
     assert torch.equal(images, everything[[0, 5, 10, 15]])
     assert len(data.watched(1000)) == len(everything)

@@ -21,7 +21,8 @@ from optim_factory import build_optimizer, build_scheduler
 from runtime.distributed import DistInfo
 from runtime.errors import NonFiniteLoss, UsageError
 from runtime.meters import LossMeter
-from tasks.classification.losses import DistillationLoss, PlainLoss, build_loss
+from tasks.classification.losses import DistillationLoss, build_loss
+from tasks.classification.task import Classification
 from tasks.options import Options
 
 ALONE = DistInfo()
@@ -31,7 +32,10 @@ CPU = torch.device("cpu")
 def batches_of(count, size=4, side=8, classes=10, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return [
-        (torch.randn(size, 3, side, side, generator=generator), torch.randint(classes, (size,), generator=generator))
+        {
+            "images": torch.randn(size, 3, side, side, generator=generator),
+            "targets": torch.randint(classes, (size,), generator=generator),
+        }
         for _ in range(count)
     ]
 
@@ -41,9 +45,16 @@ def linear_model():
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 10))
 
 
+def task_of(num_classes=10, **options):
+    """Classification that leaves images and labels as they are."""
+    task = Classification(Options(mixup=0, cutmix=0, smoothing=0, reprob=0, data_path="x", **options))
+    task.num_classes = num_classes
+    return task
+
+
 def stepper_of(model, **kwargs):
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return TrainStep(model, PlainLoss(nn.CrossEntropyLoss()), optimizer, Precision(CPU), ALONE, **kwargs)
+    return TrainStep(task_of(), model, optimizer, Precision(CPU), ALONE, **kwargs)
 
 
 def train(stepper, batches, updates, **kwargs):
@@ -62,21 +73,22 @@ class Answers(nn.Module):
 
 
 def test_the_answer_can_be_sought_among_some_classes():
-    answers, (images, _) = Answers([9.0, 1.0, 3.0, 2.0]), batches_of(1)[0]
-    batches = [(images, torch.tensor([2, 2, 3, 1]))]
-    assert evaluate(answers, batches, Precision(CPU))["acc1"] == 0
-    metrics = evaluate(answers, batches, Precision(CPU), among=[1, 2, 3])
+    answers, task = Answers([9.0, 1.0, 3.0, 2.0]), task_of(4)
+    batches = [{"images": batches_of(1)[0]["images"], "targets": torch.tensor([2, 2, 3, 1])}]
+    assert evaluate(task, answers, batches, Precision(CPU))["acc1"] == 0
+    task._subset = [1, 2, 3]
+    metrics = evaluate(task, answers, batches, Precision(CPU))
     assert metrics["acc1"] == 50
     log_shares = torch.tensor([1.0, 3.0, 2.0]).log_softmax(0)
     assert metrics["loss"] == pytest.approx(-log_shares[[1, 1, 2, 0]].mean().item())
 
 
 def test_images_may_have_several_right_classes():
-    answers, (images, _) = Answers([float(-i) for i in range(8)]), batches_of(1)[0]
+    answers, images = Answers([float(-i) for i in range(8)]), batches_of(1)[0]["images"]
     shares = torch.zeros(4, 8)
     shares[0, [0, 7]] = shares[1, [3, 4]] = shares[2, [5, 6]] = 0.5
     shares[3, 1] = 1
-    metrics = evaluate(answers, [(images, shares)], Precision(CPU))
+    metrics = evaluate(task_of(8), answers, [{"images": images, "targets": shares}], Precision(CPU))
     assert (metrics["acc1"], metrics["acc5"], metrics["images"]) == (25, 75, 4)
     log_shares = -torch.arange(8.0) - (-torch.arange(8.0)).logsumexp(0)
     assert metrics["loss"] == pytest.approx(-(shares @ log_shares).mean().item())
@@ -84,7 +96,7 @@ def test_images_may_have_several_right_classes():
 
 def test_accumulated_batches_equal_one_large_batch():
     batches = batches_of(4)
-    large = [(torch.cat([a[0], b[0]]), torch.cat([a[1], b[1]])) for a, b in (batches[:2], batches[2:])]
+    large = [{name: torch.cat([a[name], b[name]]) for name in a} for a, b in (batches[:2], batches[2:])]
     one, two = linear_model(), linear_model()
     assert train(stepper_of(one), large, 2)
     assert train(stepper_of(two, accum_steps=2), batches, 2)
@@ -130,7 +142,7 @@ def test_mixed_precision_learns_on_the_cpu(dtype):
     stepper.precision = Precision(CPU, dtype)
     losses = []
     batch = batches_of(1)[0]
-    train(stepper, [batch] * 8, 8, after_update=lambda update, loss: losses.append(loss.item()))
+    train(stepper, [batch] * 8, 8, after_update=lambda update, parts: losses.append(parts["loss"].item()))
     assert losses[-1] < losses[0] / 2
     assert stepper.precision.scaler.is_enabled() == (dtype == torch.float16)
 
@@ -138,7 +150,7 @@ def test_mixed_precision_learns_on_the_cpu(dtype):
 def test_a_loss_that_is_not_finite_is_placed():
     model = linear_model()
     batches = batches_of(4)
-    batches[2][0][0, 0, 0, 0] = float("nan")
+    batches[2]["images"][0, 0, 0, 0] = float("nan")
     meter = LossMeter(CPU, ALONE)
     train_one_epoch(stepper_of(model), batches, meter, epoch=3, updates=4)
     with pytest.raises(NonFiniteLoss, match="epoch 4, update 3"):
@@ -164,8 +176,8 @@ def test_evaluation_counts_by_hand(classes):
     logits = torch.randn(30, classes, generator=torch.Generator().manual_seed(0))
     targets = torch.randint(classes, (30,), generator=torch.Generator().manual_seed(1))
     batches = [(logits[i : i + 7], targets[i : i + 7]) for i in range(0, 30, 7)]
-    batches = [(a[:, :, None, None], b) for a, b in batches]
-    metrics = evaluate(nn.Flatten(), batches, Precision(CPU), ALONE)
+    batches = [{"images": a[:, :, None, None], "targets": b} for a, b in batches]
+    metrics = evaluate(task_of(classes), nn.Flatten(), batches, Precision(CPU))
     ranks = (logits > logits[torch.arange(30), targets][:, None]).sum(1)
     assert metrics["acc1"] == pytest.approx(100 * (ranks == 0).double().mean().item())
     assert metrics["acc5"] == pytest.approx(100 * (ranks < 5).double().mean().item())
@@ -264,7 +276,7 @@ def test_a_training_run_erases_parts_of_its_images(small_options, monkeypatch):
             seen.append((super().__call__(images) != before).flatten(1).any(1))
             return images
 
-    monkeypatch.setattr(main, "RandomErasing", Watching)
+    monkeypatch.setattr("tasks.classification.task.RandomErasing", Watching)
     main.run(small_options("--epochs", "1", "--reprob", "0.5"))
     erased = torch.cat(seen)
     assert len(erased) == 48

@@ -20,6 +20,7 @@ from sklearn.datasets import load_digits
 from support import ROOT, SMALL_RUN, command
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+import engine
 import main
 from models import DeBiFormer
 from models.weights import load_checkpoint
@@ -114,9 +115,9 @@ def test_fusing_changes_no_figure(run_small, small_options, monkeypatch):
     folder = run_small("--epochs", "1")
     evaluate, norms = main.evaluate, []
 
-    def watched(model, *args, **kwargs):
+    def watched(task, model, *args, **kwargs):
         norms.append(sum(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()))
-        return evaluate(model, *args, **kwargs)
+        return evaluate(task, model, *args, **kwargs)
 
     monkeypatch.setattr(main, "evaluate", watched)
     plain, fused = (
@@ -183,14 +184,14 @@ def test_a_run_stopped_while_it_evaluates_goes_on_there(small_options, monkeypat
     whole = small_options()
     whole.output_dir += "-whole"
     main.run(whole)
-    stopped, evaluate = small_options(), main.evaluate
+    stopped, evaluate = small_options(), engine.evaluate
 
     def interrupted(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
         return evaluate(*args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(main, "evaluate", interrupted)
+        patch.setattr(engine, "evaluate", interrupted)
         with pytest.raises(Stopped):
             main.run(stopped)
     stood = load_checkpoint(main.Path(stopped.output_dir) / LAST)

@@ -7,15 +7,16 @@ import pytest
 import torch
 from awkward_images import ACCEPTED, gradient, write_huge, write_transparent
 from PIL import Image
-from support import SMALL_RUN, command, complaint
+from support import SMALL_RUN, build_data, command, complaint
 
 import runtime.storage
 from runtime.distributed import DistInfo
 from runtime.errors import TemporaryFailure, UsageError, exit_on_error
 from runtime.images import ImageRefused, open_rgb
 from runtime.samplers import Key
-from tasks.classification.sources import ImageFiles
-from tasks.loading import Transformed, build_data
+from tasks.classification.sources import ImageFiles, Samples
+from tasks.classification.transforms import ImageTransform
+from tasks.loading import Transformed
 from tasks.options import parse_args
 from visualize.images import open_image
 
@@ -36,11 +37,16 @@ def as_array(image):
     return np.asarray(image)
 
 
+def keyed_images(path, target=0):
+    source = Samples(ImageFiles([(str(path), target)], []), numbers=None)
+    return Transformed(source, ImageTransform(as_array), seed=0)
+
+
 @pytest.mark.parametrize("name", ODD)
 def test_training_evaluation_and_pictures_read_the_same_pixels(tmp_path, name):
     path = ODD[name](tmp_path / name)
-    keyed = Transformed(ImageFiles([(str(path), 0)], []), as_array, seed=0)
-    pixels = keyed[Key(0)][0]
+    keyed = keyed_images(path)
+    pixels = keyed[Key(0)]["image"]
     assert np.array_equal(pixels, as_array(open_image(path)))
     rows = pixels[16:] if name == "clear.png" else pixels
     assert np.abs(rows.astype(int) - gradient()[: len(rows)]).mean() < 6
@@ -69,7 +75,7 @@ def test_images_of_excessive_size_are_refused_before_they_are_decoded(tmp_path, 
     with pytest.raises(ImageRefused) as error:
         open_rgb(path)
     assert str(error.value) == words
-    keyed = Transformed(ImageFiles([(str(path), 0)], []), as_array, seed=0)
+    keyed = keyed_images(path)
     assert complaint(keyed.__getitem__, Key(0)).startswith(f"cannot read image {path}: it {words}")
 
 
@@ -120,8 +126,8 @@ def test_an_image_is_read_again_when_the_storage_has_failed(failing_image, monke
             Image.fromarray(gradient()).save(failing_image)
 
     monkeypatch.setattr(runtime.storage.time, "sleep", recover)
-    keyed = Transformed(ImageFiles([(str(failing_image), 3)], []), as_array, seed=0)
-    pixels, target = keyed[Key(0)]
+    keyed = keyed_images(failing_image, 3)
+    pixels, target = keyed[Key(0)].values()
     assert np.array_equal(pixels, gradient())
     assert (target, pauses) == (3, [1, 2])
 
@@ -144,7 +150,7 @@ def test_storage_that_goes_on_failing_ends_the_run_to_be_tried_again(
 
 def test_a_missing_image_is_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(runtime.storage.time, "sleep", None)
-    keyed = Transformed(ImageFiles([(str(tmp_path / "none.png"), 0)], []), as_array, seed=0)
+    keyed = keyed_images(tmp_path / "none.png")
     assert "FileNotFoundError" in complaint(keyed.__getitem__, Key(0))
 
 

@@ -7,9 +7,10 @@ from typing import get_type_hints
 import pytest
 from support import ROOT, command, complaint
 
-from runtime.options import GROUPS, InertOptions, SlurmOptions, check_ranges, inert_notes
-from tasks.options import RECIPES, Options, load_recipe, markdown_table, parse_args, validate
+from runtime.options import RECIPES, InertOptions, SlurmOptions, check_ranges, inert_notes
+from tasks.options import Options, groups_of, load_recipe, markdown_table, parse_args, validate
 
+GROUPS = groups_of("classification")
 PUBLISHED = [
     "--data_path ./data/in1k --input_size 224 --batch_size 128 --dist_eval --model biformer_small " + end
     for end in ("--eval --load_release", "--drop_path 0.15 --lr 5e-4")

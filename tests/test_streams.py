@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from support import SMALL_RUN, command
+from support import SMALL_RUN, build_data, command
 
 from runtime.distributed import DistInfo
 from runtime.errors import UsageError
 from tasks.classification.streams import Stream
-from tasks.loading import build_data
 from tasks.options import parse_args
 
 pytest.importorskip("webdataset")
@@ -50,18 +49,18 @@ def options_for(root, *argv):
 
 
 def epoch_of(data, epoch):
-    data.place(epoch)
-    return [images for images, _ in data.train]
+    data.set_position(epoch)
+    return [batch["images"] for batch in data.train]
 
 
 def test_shards_are_trained_on_and_evaluated_whole(tmp_path):
     data = build_data(options_for(write_shards(tmp_path, 2)), DistInfo(), CPU)
     assert data.updates == 12
-    data.place(0)
-    images, targets = next(iter(data.train))
+    data.set_position(0)
+    images, targets = next(iter(data.train)).values()
     assert images.shape == (4, 3, 32, 32)
     assert set(targets.tolist()) <= {0, 1, 2, 3}
-    seen = torch.cat([images[:, 0, 0, 0] for images, _ in data.val])
+    seen = torch.cat([batch["images"][:, 0, 0, 0] for batch in data.val])
     assert sorted(seen.tolist()) == list(range(48))
 
 
@@ -78,13 +77,13 @@ def test_an_epoch_of_a_stream_is_the_same_when_it_begins_again(tmp_path):
 def test_processes_and_workers_draw_other_random_numbers(tmp_path):
     """One shard for all, so that they see the same images."""
     stream = build_data(options_for(write_shards(tmp_path, 1)), DistInfo(), CPU).train.dataset
-    stream.transform = lambda image: float(np.random.rand()) + float(torch.rand(()))
+    stream.transform = lambda sample: float(np.random.rand()) + float(torch.rand(()))
     drawn = set()
     for rank in range(2):
         stream.reader.dist_rank = rank
         stream.reader.split_info.filenames = ("images-train-0000.tar",) * 2
         stream.reader.dist_num_replicas = 2
-        drawn.add(next(iter(stream))[0])
+        drawn.add(next(iter(stream)))
     assert len(drawn) == 2
 
 

@@ -8,12 +8,11 @@ from multiprocessing import get_context
 
 import pytest
 import torch
-from support import CLASSES, SMALL_RUN, command, complaint
+from support import CLASSES, SMALL_RUN, build_data, command, complaint
 
 import runtime.tar
 from runtime.distributed import DistInfo
 from runtime.tar import TarFiles
-from tasks.loading import build_data
 from tasks.options import parse_args
 
 CPU = torch.device("cpu")
@@ -44,9 +43,8 @@ def test_a_tar_file_is_read_as_the_folder_it_was_made_of(image_folder, tmp_path,
     folder, tar = (build_data(given, DistInfo(), CPU) for given in options)
     assert folder.classes == tar.classes == ["class1", "class10", "class2", "class9"]
     for a, b in ((folder.train, tar.train), (folder.val, tar.val)):
-        for (images, targets), (same, numbers) in zip(a, b, strict=True):
-            assert torch.equal(images, same)
-            assert torch.equal(targets, numbers)
+        for batch, same in zip(a, b, strict=True):
+            assert all(torch.equal(batch[name], same[name]) for name in ("images", "targets"))
 
 
 def test_tar_files_inside_a_tar_file_are_classes(shared_images, tmp_path):

@@ -17,6 +17,7 @@ from optim_factory import build_ema, build_optimizer, build_scheduler, check_tra
 from runtime.checkpoint import BEST, LAST
 from runtime.distributed import DistInfo
 from runtime.meters import LossMeter
+from tasks.classification.task import Classification
 from tasks.options import Options, load_recipe, parse_args
 
 CPU = torch.device("cpu")
@@ -129,15 +130,15 @@ def averaged(warmup, updates, decay):
     torch.manual_seed(0)
     model = nn.Linear(2, 2)
     ema = build_ema(model, Options(model_ema_warmup=warmup, model_ema_decay=decay))
-    loss_fn = main.build_loss(Options(mixup=0, cutmix=0))
+    task = Classification(Options(mixup=0, cutmix=0, reprob=0))
     flat = nn.Sequential(nn.Flatten(), model)
     ema.module = nn.Sequential(nn.Flatten(), ema.module)
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
-    stepper = TrainStep(flat, loss_fn, optimizer, Precision(CPU), DistInfo(), ema=ema, updates=2)
+    stepper = TrainStep(task, flat, optimizer, Precision(CPU), DistInfo(), ema=ema, updates=2)
     averages, weights = [], [model.weight.detach().clone()]
     for update in range(updates):
         stepper.step(
-            [(torch.randn(4, 2, 1, 1), torch.tensor([0, 1, 0, 1]))],
+            [{"images": torch.randn(4, 2, 1, 1), "targets": torch.tensor([0, 1, 0, 1])}],
             update // 2,
             update % 2,
             LossMeter(CPU, DistInfo()),
