@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from hashlib import sha1
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,7 +24,6 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from datasets import Data
 from runtime.checkpoint import BEST, LAST, TrainingState
 from runtime.distributed import DistInfo
 from runtime.errors import UsageError
@@ -285,7 +284,16 @@ def report(metrics: dict[str, Any], processes: DistInfo, prefix: str = "") -> No
         print(f"{prefix}Accuracy of the network on the {images} test images: {accuracy:.1f}%", flush=True)
 
 
-def describe(options: Options, data: Data, model: nn.Module, device: torch.device, processes: DistInfo) -> None:
+class Amounts(Protocol):
+    """How much a run trains on: optimizer updates per epoch, images per update, and images per epoch."""
+
+    num_classes: int
+    epoch_images: int
+    updates: int
+    total_batch: int
+
+
+def describe(options: Options, data: Amounts, model: nn.Module, device: torch.device, processes: DistInfo) -> None:
     """Print what is about to be trained."""
     millions = count_parameters(model) / 1e6
     print(f"{options.model}, {millions:.2f} M parameters, {data.num_classes} classes, on {device}")
