@@ -17,6 +17,7 @@ import torch
 from torch.utils.data import Dataset
 
 from runtime.errors import UsageError, listed
+from runtime.images import open_rgb
 
 SUFFIXES = ("2017", "")
 
@@ -94,7 +95,7 @@ class CocoImages(Dataset):
         return self.images[index]["width"] / self.images[index]["height"]
 
     def _check_files(self) -> None:
-        there = {name for name in os.listdir(self.folder)}
+        there = set(os.listdir(self.folder))
         missing = [
             image["file_name"]
             for image in self.images

@@ -14,6 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from runtime.errors import UsageError, listed
+from runtime.images import open_rgb
 
 IGNORED = 255
 """The label of pixels that do not count."""

@@ -77,6 +77,6 @@ class TrainTransform:
             top, left = (int(torch.randint(max(side - self.crop, 0) + 1, ())) for side in labels.shape)
             part = labels[top : top + self.crop, left : left + self.crop]
             counts = torch.bincount(part[part != IGNORED].flatten().int())
-            if attempt == TRIES or (counts > 0).sum() > 1 and counts.max() < self.most * counts.sum():
+            if attempt == TRIES or ((counts > 0).sum() > 1 and counts.max() < self.most * counts.sum()):
                 break
         return top, left
