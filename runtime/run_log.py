@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from hashlib import sha1
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -282,7 +282,17 @@ def write_options(options: Any, folder: Path) -> None:
     (folder / "options.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
 
 
-def describe(options: Any, data: Any, model: nn.Module, num_classes: int, info: DistInfo, device: torch.device) -> None:
+class Amounts(Protocol):
+    """How much a run trains on: optimizer updates per epoch, images per update, and images per epoch."""
+
+    epoch_images: int
+    updates: int
+    total_batch: int
+
+
+def describe(
+    options: Any, data: Amounts, model: nn.Module, num_classes: int, info: DistInfo, device: torch.device
+) -> None:
     """Print what is about to be trained."""
     millions = count_parameters(model) / 1e6
     print(f"{options.model}, {millions:.2f} M parameters, {num_classes} classes, on {device}")

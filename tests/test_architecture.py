@@ -1,16 +1,38 @@
-"""Imports run one way: hydra_main -> main -> engine, data, models, visualize -> ops, errors -> libraries."""
+"""Imports run one way, as MAY_IMPORT pictures them."""
 
 import ast
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 from support import command
 
 ROOT = Path(__file__).parent.parent
-NOT_SOURCE = {"data", "outputs", "tests"}
-RUN_MODULES = {"main", "hydra_main"}
-BELOW_MAIN = ("engine", "datasets", "eval_sets", "optim_factory", "utils", "options", "errors")
+NOT_SOURCE = {"data", "outputs", "tests", "build"}
+
+BELOW_TASKS = {"datasets", "models", "runtime", "utils"}
+BELOW_MAIN = BELOW_TASKS | {"engine", "optim_factory", "tasks"}
+MAY_IMPORT = {
+    "models": set(),
+    "runtime": {"models", "utils"},
+    "utils": {"runtime"},
+    "optim_factory": {"models", "runtime", "utils"},
+    "datasets": {"models", "runtime", "utils"},
+    "engine": {"datasets", "models", "runtime", "utils"},
+    "tasks": BELOW_TASKS,
+    "main": BELOW_MAIN | {"visualize"},
+    "hydra_main": BELOW_MAIN | {"main"},
+    "hubconf": {"models"},
+    "slurm": set(),
+    "visualize": BELOW_MAIN,
+    "tools": BELOW_MAIN | {"main", "visualize"},
+    "benchmarks": BELOW_MAIN | {"main", "tools", "visualize"},
+}
+"""What each folder, and each module beside them, may import of the others."""
+
+EXCEPTIONS = {"runtime/submitit_job.py": {"main"}}
+"""A job's process begins in this file, which then runs main."""
 
 
 def source_files() -> list[Path]:
@@ -20,7 +42,10 @@ def source_files() -> list[Path]:
 
 
 def imported_modules(path: Path, text: str) -> Iterator[str]:
-    """Full names of the modules that a file imports anywhere, also inside functions; relative ones resolved."""
+    """Full names of the modules that a file imports anywhere, also inside functions; relative ones resolved.
+
+    `from a import b` gives a and a.b, which may be a module or not.
+    """
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -33,18 +58,23 @@ def imported_modules(path: Path, text: str) -> Iterator[str]:
 
 FILES = source_files()
 IMPORTS = {path: set(imported_modules(path, (ROOT / path).read_text())) for path in FILES}
-PROJECT = {path.parts[0].removesuffix(".py") for path in FILES}
+
+
+def top_of(path: Path) -> str:
+    """The folder at the root, or the module there, that a file is of."""
+    return path.parts[0].removesuffix(".py")
+
+
+PROJECT = {top_of(path) for path in FILES}
 
 
 def imports_of_project(path: Path) -> set[str]:
-    """Top-level modules and folders of this project that a file imports, its own folder left out."""
-    return {name.split(".")[0] for name in IMPORTS[path]} & PROJECT - {path.parts[0].removesuffix(".py")}
+    """Top-level modules and folders of this project that a file imports, its own left out."""
+    return {name.split(".")[0] for name in IMPORTS[path]} & PROJECT - {top_of(path)}
 
 
-def files_in(folder: str) -> list[Path]:
-    files = [path for path in FILES if path.parts[0] == folder]
-    assert files, f"{folder} has no Python files"
-    return files
+def module_name(path: Path) -> str:
+    return ".".join(path.with_suffix("").parts).removesuffix(".__init__")
 
 
 def test_imports_are_read_as_python_resolves_them():
@@ -56,49 +86,40 @@ def test_imports_are_read_as_python_resolves_them():
 
 
 def test_the_reader_sees_the_known_imports_of_this_project():
-    assert {"ops", "models", "dense"} <= PROJECT
-    assert imports_of_project(Path("models/attention.py")) == {"ops"}
     assert imports_of_project(Path("models/weights/reading.py")) == set()
-    assert imports_of_project(Path("dense/pyramid.py")) == {"models"}
+    assert imports_of_project(Path("hydra_main.py")) == {"main", "runtime"}
+    assert "models.ops" in IMPORTS[Path("models/attention.py")]
 
 
-@pytest.mark.parametrize("path", files_in("ops"), ids=str)
-def test_ops_import_nothing_of_the_project(path):
-    assert imports_of_project(path) == set()
+def test_every_folder_and_module_is_in_the_picture():
+    assert set(MAY_IMPORT) == PROJECT
 
 
-def test_errors_import_nothing_of_the_project():
-    assert imports_of_project(Path("errors.py")) == set()
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_a_file_imports_only_what_the_picture_allows(path):
+    allowed = MAY_IMPORT.get(top_of(path), set()) | EXCEPTIONS.get(path.as_posix(), set())
+    assert imports_of_project(path) <= allowed
 
 
-@pytest.mark.parametrize("path", files_in("models"), ids=str)
-def test_models_import_only_ops(path):
-    assert imports_of_project(path) <= {"ops"}
+def test_no_module_imports_itself_by_way_of_others():
+    modules = {module_name(path): path for path in FILES}
+    graph = {name: IMPORTS[path] & modules.keys() - {name} for name, path in modules.items()}
+    packages = {name for name, path in modules.items() if path.name == "__init__.py"}
+    for name in graph:  # `from .a import b` names the package itself, too, which is being imported anyway
+        graph[name] -= {package for package in packages if name.startswith(f"{package}.")}
+    TopologicalSorter(graph).prepare()
 
 
-@pytest.mark.parametrize("path", files_in("runtime"), ids=str)
-def test_runtime_imports_only_what_lies_below(path):
-    assert imports_of_project(path) <= {"errors", "options", "utils"}
-
-
-@pytest.mark.parametrize("name", BELOW_MAIN)
-def test_modules_below_main_never_import_a_run(name):
-    assert imports_of_project(Path(f"{name}.py")) & RUN_MODULES == set()
-
-
-@pytest.mark.parametrize("path", files_in("runtime"), ids=str)
-def test_runtime_never_imports_a_run(path):
-    assert imports_of_project(path) & (RUN_MODULES | {"engine", "tools", "visualize"}) == set()
-
-
-@pytest.mark.parametrize("path", files_in("visualize"), ids=str)
-def test_visualize_imports_only_models_and_what_lies_below(path):
-    assert imports_of_project(path) <= {"datasets", "errors", "models", "ops", "runtime"}
-
-
-def test_only_main_and_benchmarks_import_visualize():
-    users = {path for path in FILES if "visualize" in imports_of_project(path)}
-    assert {path for path in users if path.parts[0] != "benchmarks"} == {Path("main.py")}
+@pytest.mark.parametrize("path", [path for path in FILES if top_of(path) == "models"], ids=str)
+def test_models_import_each_other_relatively(path):
+    """So the folder is importable under another name."""
+    absolute = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            absolute |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            absolute.add(node.module.split(".")[0])
+    assert absolute & PROJECT == set()
 
 
 def test_a_run_loads_visualize_only_when_asked():
@@ -106,20 +127,7 @@ def test_a_run_loads_visualize_only_when_asked():
     assert command("-c", script).returncode == 0
 
 
-@pytest.mark.parametrize("path", files_in("runtime"), ids=str)
-def test_runtime_imports_only_errors_and_what_a_job_runs(path):
-    allowed = {"main", "options", "errors"} if path.name == "submitit_job.py" else {"errors"}
-    assert imports_of_project(path) <= allowed
-
-
-def test_main_does_not_know_hydra():
-    assert "hydra_main" not in imports_of_project(Path("main.py"))
-
-
-def test_tools_stand_above_all_others():
-    assert [str(path) for path in FILES if "tools" in imports_of_project(path)] == []
-
-
 def test_only_triton_files_import_triton():
     users = {path for path, names in IMPORTS.items() if "triton" in {name.split(".")[0] for name in names}}
+    assert users
     assert [str(path) for path in users if not path.name.endswith("_triton.py")] == []

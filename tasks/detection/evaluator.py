@@ -59,9 +59,8 @@ class CocoEvaluator(Evaluator):
         found = sorted((entry for _, entries in parts for entry in entries), key=lambda entry: entry["image_id"])
         figures = {"images": len(images)}
         for kind, prefix in {"bbox": "AP_box", **({"segm": "AP_mask"} if self.masks else {})}.items():
-            figures |= {
-                f"{prefix}{name}": value for name, value in zip(STATS, self._stats(found, images, kind), strict=True)
-            }
+            stats = zip(STATS, self._stats(found, images, kind), strict=True)
+            figures |= {f"{prefix}{name}": value for name, value in stats}
         return figures
 
     def _stats(self, found: list[dict[str, Any]], images: list[int], kind: str) -> list[float]:

@@ -231,8 +231,9 @@ def test_a_controller_that_does_not_answer_is_named(cluster, tmp_path):
 
 
 def test_multirun_submits_one_job_per_point(cluster, tmp_path):
-    overrides = [part for part in for_hydra("")[1:] if not part.startswith(("output_dir", "lr", "epochs"))]
-    done = command(ROOT / "hydra_main.py", "-m", *overrides, "epochs=1", "lr=1e-4,5e-4", cwd=tmp_path, **cluster.env)
+    overrides = [part for part in for_hydra("")[1:] if not part.startswith(("output_dir", "lr", "epochs", "warmup"))]
+    swept = [*overrides, "epochs=1", "warmup_epochs=0", "lr=1e-4,5e-4"]
+    done = command(ROOT / "hydra_main.py", "-m", *swept, cwd=tmp_path, **cluster.env)
     assert done.returncode == 0, done.stderr
     jobs = re.findall(r"Submitted job (\d+)", done.stdout)
     assert len(jobs) == 2
