@@ -11,16 +11,16 @@ from support import command
 ROOT = Path(__file__).parent.parent
 NOT_SOURCE = {"data", "outputs", "tests", "build"}
 
-BELOW_TASKS = {"datasets", "models", "runtime", "utils"}
-BELOW_MAIN = BELOW_TASKS | {"engine", "optim_factory", "tasks"}
+BELOW_TASKS = {"models", "optim_factory", "runtime", "utils"}
+BELOW_MAIN = BELOW_TASKS | {"engine", "tasks"}
 MAY_IMPORT = {
     "models": set(),
     "runtime": {"models", "utils"},
     "utils": {"runtime"},
     "optim_factory": {"models", "runtime", "utils"},
-    "datasets": {"models", "runtime", "utils"},
-    "engine": {"datasets", "models", "runtime", "utils"},
     "tasks": BELOW_TASKS,
+    "datasets": {"tasks"},
+    "engine": {"models", "runtime", "tasks", "utils"},
     "main": BELOW_MAIN | {"visualize"},
     "hydra_main": BELOW_MAIN | {"main"},
     "hubconf": {"models"},
@@ -31,8 +31,17 @@ MAY_IMPORT = {
 }
 """What each folder, and each module beside them, may import of the others."""
 
-EXCEPTIONS = {"runtime/submitit_job.py": {"main"}}
+SEAM = {"tasks", "tasks.base", "tasks.loading", "tasks.options"}
+"""Modules of tasks/ that know no task in particular."""
+KNOW_TASKS = {"benchmarks", "tasks", "tools", "visualize"}
+"""Who may import the others."""
+
+EXCEPTIONS = {"runtime/submitit_job.py": {"main", "tasks"}}
 """A job's process begins in this file, which then runs main."""
+
+
+LONG_FILES = {"slurm/local_cluster.py": 500}
+"""Lines of files that are longer than others: a cluster in one file can be copied to try it elsewhere."""
 
 
 def source_files() -> list[Path]:
@@ -87,7 +96,7 @@ def test_imports_are_read_as_python_resolves_them():
 
 def test_the_reader_sees_the_known_imports_of_this_project():
     assert imports_of_project(Path("models/weights/reading.py")) == set()
-    assert imports_of_project(Path("hydra_main.py")) == {"main", "runtime"}
+    assert imports_of_project(Path("hydra_main.py")) == {"main", "runtime", "tasks"}
     assert "models.ops" in IMPORTS[Path("models/attention.py")]
 
 
@@ -99,6 +108,22 @@ def test_every_folder_and_module_is_in_the_picture():
 def test_a_file_imports_only_what_the_picture_allows(path):
     allowed = MAY_IMPORT.get(top_of(path), set()) | EXCEPTIONS.get(path.as_posix(), set())
     assert imports_of_project(path) <= allowed
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if top_of(path) not in KNOW_TASKS], ids=str)
+def test_the_run_knows_no_task(path):
+    modules = {module_name(path) for path in FILES}
+    known = {name for name in IMPORTS[path] & modules if name.split(".")[0] == "tasks"}
+    assert known <= SEAM
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_files_and_functions_are_short_and_public_functions_typed(path):
+    text = (ROOT / path).read_text()
+    assert len(text.splitlines()) <= LONG_FILES.get(path.as_posix(), 350)
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
 
 
 def test_no_module_imports_itself_by_way_of_others():
