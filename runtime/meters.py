@@ -1,5 +1,7 @@
 """The loss of an epoch, and whether training has diverged."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -61,6 +63,6 @@ class LossMeter:
         self.gathered = all_reduce_sum(rows, self.processes).tolist()
 
     def average(self) -> float:
-        """Mean loss over all updates and processes."""
+        """Mean loss over all updates and processes; NaN without any."""
         total, count = all_reduce_sum(self.sums.clone(), self.processes).tolist()
-        return total / count
+        return total / count if count else math.nan

@@ -50,7 +50,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, path: Path) -> 
 
 def _after_one_step(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """The state dict of a copy that made one step: what the memory of such an optimizer looks like."""
-    trial = copy.deepcopy(optimizer)
+    trial = copy.deepcopy(getattr(optimizer, "_base_optimizer", optimizer))  # Lookahead itself cannot be copied
     for group in trial.param_groups:
         for parameter in group["params"]:
             parameter.grad = torch.zeros_like(parameter)
