@@ -1,4 +1,4 @@
-"""Plain attention and bi-level routing attention (BRA).
+"""Plain attention and bi-level routing attention (BRA). A new attention is shown in docs/EXTENDING.md.
 
 Letters: B batch, H x W map, C channels, S windows per side, P = S*S windows, w tokens per window, k routed windows.
 Every attention module here takes and returns (B, H, W, C).
@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from .attention_maps import RoutedMaps, one_image, plain_maps
+from .attention_table import register_attention
 from .layers import QKV, DepthwiseConv, MapLinear, to_nchw, to_nhwc
 
 
@@ -20,7 +22,7 @@ def check_heads(dim: int, num_heads: int) -> None:
 
 
 class Router(nn.Module):
-    """Chooses the windows that each window attends to. No parameters; a module so that hooks can watch it.
+    """Chooses the windows that each window attends to. No parameters; a module for the sake of its repr.
 
     n_win: windows per side; topk: windows kept, 1 .. n_win**2; scale: factor on the logits.
     """
@@ -41,6 +43,11 @@ class Router(nn.Module):
         return f"n_win={self.n_win}, topk={self.topk}"
 
 
+def choose_windows(router: Router, q: Tensor, k: Tensor) -> Tensor:
+    """Maps (B, H, W, C), sides multiples of `router.n_win` -> numbers of the routed windows (B, P, k), best first."""
+    return router(ops.to_windows(q, router.n_win), ops.to_windows(k, router.n_win))[1]
+
+
 def attend_routed_windows(router: Router, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
     """Route windows, then let each query attend to the tokens of its window's routed windows.
 
@@ -54,12 +61,15 @@ def attend_routed_windows(router: Router, q: Tensor, k: Tensor, v: Tensor, num_h
     return ops.from_windows(out, n_win, height, width)
 
 
+@register_attention("bi_level_routing")
 class BiLevelRoutingAttention(nn.Module):
     """BRA (arXiv 2303.08810, section 3.2): window routing, token attention in routed windows, LePE.
 
     The scale is C**-0.5 with the full width C, not the head width, in both levels, as published.
     Sides that are no multiple of `n_win` are zero-padded; the padding takes part in routing and attention.
     """
+
+    window_grids = ("tokens",)
 
     def __init__(self, dim: int, num_heads: int, n_win: int, topk: int) -> None:
         super().__init__()
@@ -77,7 +87,21 @@ class BiLevelRoutingAttention(nn.Module):
         out = self.wo(out + to_nhwc(self.lepe(to_nchw(v))))
         return out[:, :height, :width]
 
+    def attention_maps(self, x: Tensor) -> RoutedMaps:
+        """The exact maps of one image (1, H, W, C)."""
+        q, k, _ = self.qkv(ops.pad_to_multiple(x, self.router.n_win))
+        return RoutedMaps(
+            tokens=(x.shape[1], x.shape[2]),
+            num_heads=self.num_heads,
+            q=one_image(q),
+            k=one_image(k),
+            n_win=self.router.n_win,
+            idx=one_image(choose_windows(self.router, q, k)),
+            scale=self.router.scale,
+        )
 
+
+@register_attention("full")
 class FullAttention(nn.Module):
     """Attention over all tokens plus LePE: BiFormer's last stage. The qkv has no bias.
 
@@ -101,3 +125,8 @@ class FullAttention(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
         return self.proj(out + lepe)
+
+    def attention_maps(self, x: Tensor) -> RoutedMaps:
+        """The exact maps of one image (1, H, W, C)."""
+        q, k, _ = self.qkv(x).chunk(3, dim=-1)
+        return plain_maps(q, k, self.num_heads)

@@ -8,6 +8,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from .attention import BiLevelRoutingAttention, FullAttention
+from .attention_table import PerStage, build_attention, per_stage, window_strides
 from .backbone import RELEASE, Backbone, build_variant, check_per_stage, default_cfg
 from .layers import MapLinear, ResidualDepthwiseConv, init_linear, to_nchw, to_nhwc
 
@@ -40,6 +41,7 @@ class BiFormer(Backbone):
     """The BiFormer family. Arguments with four values hold one per stage.
 
     topk: routed windows per window; None for a stage with plain attention over all tokens.
+    attn_layer: another attention, see `DeBiFormer`.
     img_size is accepted for timm's sake: nothing in this family depends on it. Everything else goes to `Backbone`.
     """
 
@@ -52,15 +54,14 @@ class BiFormer(Backbone):
         mlp_ratios: Sequence[float] = (3, 3, 3, 3),
         n_win: int = 7,
         topk: Sequence[int | None] = (1, 4, 16, None),
+        attn_layer: PerStage = None,
         **kwargs: Any,
     ) -> None:
         check_per_stage(embed_dims=embed_dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, topk=topk)
+        layers = per_stage(attn_layer, [FullAttention if k is None else BiLevelRoutingAttention for k in topk])
 
         def make_block(i: int, _number: int, drop_path: float) -> BiFormerBlock:
-            if topk[i] is None:
-                attn = FullAttention(embed_dims[i], num_heads[i])
-            else:
-                attn = BiLevelRoutingAttention(embed_dims[i], num_heads[i], n_win, topk[i])
+            attn = build_attention(layers[i], embed_dims[i], num_heads[i], n_win=n_win, topk=topk[i])
             return BiFormerBlock(embed_dims[i], attn, mlp_ratios[i], drop_path)
 
         super().__init__(
@@ -68,7 +69,7 @@ class BiFormer(Backbone):
             embed_dims=embed_dims,
             depths=depths,
             n_win=n_win,
-            grid_strides=[() if k is None else (1,) for k in topk],
+            grid_strides=[window_strides(layer) for layer in layers],
             **kwargs,
         )
         self.apply(init_linear)

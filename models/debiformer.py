@@ -9,6 +9,7 @@ from timm.models import generate_default_cfgs, register_model
 from torch import Tensor, nn
 
 from .attention import BiLevelRoutingAttention
+from .attention_table import AttentionLayer, PerStage, build_attention, per_stage, window_strides
 from .backbone import RELEASE, Backbone, build_variant, check_per_stage, default_cfg, stage_sides
 from .deformable_attention import DeformableAgentAttention
 from .layers import ConvMlp, ResidualDepthwiseConv, to_nchw, to_nhwc
@@ -51,6 +52,10 @@ class DeBiFormer(Backbone):
     img_size: pixels, a side or (height, width); fixes only the size of the relative position tables.
     n_win: windows per side. bra_topk: routed windows per window, None for a stage without BRA.
     agent_topk, agent_strides, offset_kernels, offset_groups, agent_mlp_ratios: see `DeformableAgentAttention`.
+    attn_layer: another attention in place of both of a block: a name of `attention_table.ATTENTIONS`, or a class that
+    takes (dim, num_heads) and, if its signature names them, n_win, topk, agent_stride, offset_groups, offset_kernel,
+    agent_mlp_ratio, rpe_size; or four of them, None for the published one. attn1_layer, attn2_layer: likewise, for a
+    block's first or second only.
     Everything else goes to `Backbone`.
     """
 
@@ -68,6 +73,9 @@ class DeBiFormer(Backbone):
         offset_kernels: Sequence[int] = (9, 7, 5, 3),
         offset_groups: Sequence[int] = (1, 2, 4, 8),
         agent_mlp_ratios: Sequence[float] = (3, 3, 3, 3),
+        attn_layer: PerStage = None,
+        attn1_layer: PerStage = None,
+        attn2_layer: PerStage = None,
         **kwargs: Any,
     ) -> None:
         check_per_stage(embed_dims=embed_dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios)
@@ -75,32 +83,38 @@ class DeBiFormer(Backbone):
         check_per_stage(offset_kernels=offset_kernels, offset_groups=offset_groups, agent_mlp_ratios=agent_mlp_ratios)
         token_maps = list(zip(*(stage_sides(side) for side in to_2tuple(img_size)), strict=True))
 
-        def deformable(i: int) -> DeformableAgentAttention:
-            return DeformableAgentAttention(
+        first = [DeformableAgentAttention if k is None else BiLevelRoutingAttention for k in bra_topk]
+        first = per_stage(attn1_layer, per_stage(attn_layer, first), "attn1_layer")
+        second = per_stage(attn2_layer, per_stage(attn_layer, [DeformableAgentAttention] * len(depths)), "attn2_layer")
+
+        def attention_of(layer: AttentionLayer, i: int, topk: int) -> nn.Module:
+            return build_attention(
+                layer,
                 embed_dims[i],
                 num_heads[i],
-                n_win,
-                agent_topk[i],
-                offset_groups[i],
-                agent_strides[i],
-                offset_kernels[i],
-                agent_mlp_ratios[i],
+                n_win=n_win,
+                topk=topk,
+                offset_groups=offset_groups[i],
+                agent_stride=agent_strides[i],
+                offset_kernel=offset_kernels[i],
+                agent_mlp_ratio=agent_mlp_ratios[i],
                 rpe_size=token_maps[i],
             )
 
         def make_block(i: int, _number: int, drop_path: float) -> DeBiFormerBlock:
-            if bra_topk[i] is None:
-                attn1 = deformable(i)
-            else:
-                attn1 = BiLevelRoutingAttention(embed_dims[i], num_heads[i], n_win, bra_topk[i])
-            return DeBiFormerBlock(embed_dims[i], attn1, deformable(i), mlp_ratios[i], drop_path)
+            attn1 = attention_of(first[i], i, agent_topk[i] if bra_topk[i] is None else bra_topk[i])
+            attn2 = attention_of(second[i], i, agent_topk[i])
+            return DeBiFormerBlock(embed_dims[i], attn1, attn2, mlp_ratios[i], drop_path)
 
         super().__init__(
             make_block,
             embed_dims=embed_dims,
             depths=depths,
             n_win=n_win,
-            grid_strides=[(1, stride) for stride in agent_strides],
+            grid_strides=[
+                window_strides(one, stride) + window_strides(other, stride)
+                for one, other, stride in zip(first, second, agent_strides, strict=True)
+            ],
             **kwargs,
         )
 

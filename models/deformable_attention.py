@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
-from .attention import Router, attend_routed_windows, check_heads
+from .attention import Router, attend_routed_windows, check_heads, choose_windows
+from .attention_maps import AgentMaps, one_image
+from .attention_table import register_attention
 from .layers import QKV, ConvMlp, DepthwiseConv, PointwiseConv, to_nchw, to_nhwc
 
 
@@ -49,6 +51,7 @@ class OffsetNetwork(nn.Sequential):
         return project(act(norm(x))).squeeze(-1)
 
 
+@register_attention("deformable_agent")
 class DeformableAgentAttention(nn.Module):
     """DBRA: agents sampled at learnt positions read routed windows; every token then attends to all agents.
 
@@ -56,6 +59,8 @@ class DeformableAgentAttention(nn.Module):
     `topk` of n_win**2 windows per agent window, `rpe_size` = (Qh, Qw), the token map the relative position
     table is made for; (B, H, W, C) in and out. All scales are C**-0.5 with the full width, as published.
     """
+
+    window_grids = ("tokens", "agents")
 
     def __init__(
         self,
@@ -91,6 +96,15 @@ class DeformableAgentAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1], x.shape[2]
+        q, _, positions, _, agents = self._read(x)
+        keys, values = self.proj_k(agents), self.proj_v(agents)
+        out = ops.deformable_attention(q, keys, values, self.rpe_table, positions, self.num_heads, self.scale)
+        return self.proj_out(out)[:, :height, :width]
+
+    def _read(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(B, H, W, C) -> q, k (padded maps), and of the padded grid of agents: positions (B, Ha, Wa, g, 2), queries
+        and what they are after reading, both (B, Ha, Wa, C).
+        """
         n_win = self.router.n_win
         x = ops.pad_to_multiple(x, n_win)
         q, k, v = self.qkv_conv(x)
@@ -102,11 +116,27 @@ class DeformableAgentAttention(nn.Module):
         # were trained with them.
         positions, agents, lepe = (ops.pad_to_multiple(t, n_win) for t in (positions, agents, lepe))
 
-        read = attend_routed_windows(self.router, self.proj_q(agents), k, v, self.num_heads)
+        agent_q = self.proj_q(agents)
+        read = attend_routed_windows(self.router, agent_q, k, v, self.num_heads)
         agents = agents + self.unifyheads1(read + lepe)
         agents = agents + self.mlp(self.norm2(agents))
-        agents = self.norm(agents)
+        return q, k, positions, agent_q, self.norm(agents)
 
-        keys, values = self.proj_k(agents), self.proj_v(agents)
-        out = ops.deformable_attention(q, keys, values, self.rpe_table, positions, self.num_heads, self.scale)
-        return self.proj_out(out)[:, :height, :width]
+    def attention_maps(self, x: Tensor) -> AgentMaps:
+        """The exact maps of one image (1, H, W, C)."""
+        q, k, positions, agent_q, agents = self._read(x)
+        stride = self.conv_offset_q[0].stride[0]
+        return AgentMaps(
+            tokens=(x.shape[1], x.shape[2]),
+            num_heads=self.num_heads,
+            q=one_image(q),
+            k=one_image(k),
+            n_win=self.router.n_win,
+            idx=one_image(choose_windows(self.router, agent_q, k)),
+            scale=self.scale,
+            positions=one_image(positions),
+            agents=(-(-q.shape[1] // stride), -(-q.shape[2] // stride)),
+            agent_q=one_image(agent_q),
+            agent_k=one_image(self.proj_k(agents)),
+            rpe_table=one_image(self.rpe_table[None]),
+        )

@@ -13,13 +13,15 @@ import torch
 import torch.fx
 from timm.layers import DropPath, LayerNorm2d
 from timm.models import generate_default_cfgs, register_model
-from timm.models.maxxvit import Attention2d
 from torch import Tensor, nn
 
 from . import ops
 from .attention import BiLevelRoutingAttention, FullAttention, Router, check_heads
+from .attention_maps import RoutedMaps, one_image
+from .attention_table import PerStage, build_attention, per_stage, register_attention, window_strides
 from .backbone import RELEASE, Backbone, build_variant, check_per_stage, default_cfg
 from .layers import DepthwiseConv, Downsampling, MapLinear, PointwiseConv, init_linear, to_nchw, to_nhwc
+from .partition_attention import PartitionAttention
 
 
 class PooledRouter(Router):
@@ -31,6 +33,7 @@ class PooledRouter(Router):
         return ops.route_windows(q_windows, k_windows, self.topk, self.scale)
 
 
+@register_attention("pooled_routing")
 class PooledRoutingAttention(nn.Module):
     """BRA whose windows have (H // n_win) x (W // n_win) tokens, so that at some sizes there are more than n_win**2.
 
@@ -62,60 +65,16 @@ class PooledRoutingAttention(nn.Module):
         out = ops.from_windows(out, n_win, rows * window_h, columns * window_w)[:, :height, :width]
         return self.output_linear(out + lepe)
 
-
-class RelativePositionBias(nn.Module):
-    """A bias for each head and each pair of tokens of a window: timm's `RelPosBiasTf`, and its parameter's key.
-
-    timm's has buffers that no checkpoint holds, and that a model built on the meta device is left without.
-    """
-
-    def __init__(self, window_size: tuple[int, int], num_heads: int, **factory: Any) -> None:
-        super().__init__()
-        self.window_size = window_size
-        height, width = window_size
-        self.relative_position_bias_table = nn.Parameter(
-            torch.empty(num_heads, 2 * height - 1, 2 * width - 1, **factory)
-        )
-        nn.init.normal_(self.relative_position_bias_table, std=0.02)
-
-    def get_bias(self) -> Tensor:
-        """(heads, queries, keys), both row-major; the table is indexed by where the key is, seen from the query."""
-        height, width = self.window_size
-        area = height * width
-        views = self.relative_position_bias_table.unfold(1, height, 1).unfold(2, width, 1)
-        return views.flip(1, 2).reshape(-1, area, area)
-
-    def forward(self, attention: Tensor) -> Tensor:
-        """Add the bias to logits (B, heads, queries, keys)."""
-        return attention + self.get_bias()
-
-
-class PartitionAttention(Attention2d):
-    """MaxViT's attention in windows of size x size neighbouring tokens, or over a size x size grid of distant ones.
-
-    timm's attention, relative position bias included, with 32-channel heads, (B, H, W, C) in and out. Sides that are no
-    multiple of `size` are zero-padded; the padding takes part in the attention.
-    """
-
-    def __init__(self, dim: int, size: int, grid: bool) -> None:
-        position_bias = partial(RelativePositionBias, (size, size))
-        super().__init__(dim, dim, dim_head=32, head_first=False, rel_pos_cls=position_bias)
-        self.size, self.grid = size, grid
-
-    def forward(self, x: Tensor) -> Tensor:
-        height, width, size = x.shape[1], x.shape[2], self.size
-        x = ops.pad_to_multiple(x, size)
-        padded_h, padded_w = x.shape[1], x.shape[2]
-        n_win = (size, size) if self.grid else (padded_h // size, padded_w // size)
-
-        def transposed(windows: Tensor) -> Tensor:
-            # A grid holds one token, always at the same place, of each of size x size windows.
-            return windows.transpose(1, 2) if self.grid else windows
-
-        parts = transposed(ops.to_windows(x, n_win))  # (B, P, size * size, C)
-        tokens = to_nchw(parts.flatten(0, 1).unflatten(1, (size, size)))
-        out = to_nhwc(super().forward(tokens)).reshape(parts.shape)
-        return ops.from_windows(transposed(out), n_win, padded_h, padded_w)[:, :height, :width]
+    def attention_maps(self, x: Tensor) -> RoutedMaps:
+        """The exact maps of one image (1, H, W, C). ValueError for maps with more windows along one side."""
+        (window_h, rows), (window_w, columns) = (ops.split_side(side, self.router.n_win) for side in x.shape[1:3])
+        if rows != columns:
+            raise ValueError(f"{rows}x{columns} windows cannot be shown; use a square image")
+        q, k, _ = self.qkv_linear(x).chunk(3, dim=-1)
+        _, idx = self.router(q, k, (window_h, window_w))
+        q, k = (ops.pad_to_multiple(t, (window_h, window_w)) for t in (q, k))
+        tokens = (x.shape[1], x.shape[2])
+        return RoutedMaps(tokens, self.num_heads, one_image(q), one_image(k), rows, one_image(idx), self.scale)
 
 
 class STLBlock(nn.Module):
@@ -215,6 +174,7 @@ class BiFormerSTL(SwinLayout):
     topk: routed windows per window; None for a stage with plain attention over all tokens.
     nchw: 1x1 convolutions, `PooledRoutingAttention`, and LePE on the values throughout; this variant pads by its
     definition, whatever `auto_pad` says.
+    attn_layer: another attention, see `DeBiFormer`.
     """
 
     def __init__(
@@ -226,18 +186,18 @@ class BiFormerSTL(SwinLayout):
         n_win: int = 7,
         topk: Sequence[int | None] = (1, 4, 16, None),
         nchw: bool = False,
+        attn_layer: PerStage = None,
         **kwargs: Any,
     ) -> None:
         check_per_stage(embed_dims=embed_dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, topk=topk)
         linear = PointwiseConv if nchw else MapLinear
         routing = PooledRoutingAttention if nchw else BiLevelRoutingAttention
+        layers = per_stage(attn_layer, [FullAttention if k is None else routing for k in topk])
 
         def make_block(i: int, _number: int, drop_path: float) -> STLBlock:
             dim, hidden = embed_dims[i], int(embed_dims[i] * mlp_ratios[i])
-            if topk[i] is None:
-                attn = FullAttention(dim, num_heads[i], linear, lepe_on_values=nchw)
-            else:
-                attn = routing(dim, num_heads[i], n_win, topk[i])
+            settings = {"n_win": n_win, "topk": topk[i], "linear": linear, "lepe_on_values": nchw}
+            attn = build_attention(layers[i], dim, num_heads[i], **settings)
             mlp = nn.Sequential(linear(dim, hidden), nn.GELU(), linear(hidden, dim))
             return STLBlock(dim, attn, mlp, eps=1e-6, drop_path=drop_path)
 
@@ -247,7 +207,7 @@ class BiFormerSTL(SwinLayout):
             embed_dims=embed_dims,
             depths=depths,
             n_win=n_win,
-            grid_strides=[() if k is None or nchw else (1,) for k in topk],
+            grid_strides=[window_strides(layer) for layer in layers],
             **kwargs,
         )
 

@@ -16,7 +16,7 @@ from matplotlib.patches import Rectangle
 from PIL import Image
 
 from . import maps
-from .capture import AgentLayer, Layer
+from .capture import Layer
 
 HEAT = colormaps["inferno"]
 RANKS = colormaps["plasma_r"]
@@ -88,7 +88,7 @@ def outline_window(axes: Axes, layer: Layer, window: int) -> None:
 
 def draw_ranked_windows(axes: Axes, layer: Layer, window: int, filled: bool = True) -> None:
     """The windows that `window` reads, coloured (and numbered, if filled) by rank: yellow is the first."""
-    routed = layer.idx[window].tolist()
+    routed = layer.maps.idx[window].tolist()
     colours = RANKS(np.linspace(0, 1, len(routed)) if len(routed) > 1 else [0.0])
     boxes = [_box(layer, number) for number in routed]
     faces = [(*colour[:3], 0.45 if filled else 0) for colour in colours]
@@ -100,17 +100,18 @@ def draw_ranked_windows(axes: Axes, layer: Layer, window: int, filled: bool = Tr
     outline_window(axes, layer, window)
 
 
-def draw_agents(axes: Axes, layer: AgentLayer, head: int | None) -> None:
+def draw_agents(axes: Axes, layer: Layer, head: int | None) -> None:
     """Agents at their positions (area: share of all tokens' attention), arrows from where the grid has them.
 
     One colour per offset group; a head has the positions of one group, the mean over heads shows all of them.
     """
-    ha, wa = layer.agents
+    agents = layer.agents
+    ha, wa = agents.agents
     start, end = (points.numpy() for points in maps.agent_pixels(layer))  # (ha, wa, g, 2)
-    shares = maps.agent_shares(layer)[:, :ha, :wa].numpy()
-    heads_per_group = layer.num_heads // layer.groups
+    shares = agents.agent_shares()[:, :ha, :wa].numpy()
+    heads_per_group = agents.num_heads // agents.groups
     axes.scatter(start[..., 0], start[..., 1], marker="+", s=28, c="white", linewidths=1, alpha=0.8, zorder=3)
-    for group in range(layer.groups) if head is None else [head // heads_per_group]:
+    for group in range(agents.groups) if head is None else [head // heads_per_group]:
         heads = slice(group * heads_per_group, (group + 1) * heads_per_group) if head is None else slice(head, head + 1)
         share = shares[heads].mean(0).ravel()
         begin, stop = start[..., group, :].reshape(-1, 2), end[..., group, :].reshape(-1, 2)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from models.pixels import Pixels, denormalize, normalize
 
 from . import figures, maps
-from .capture import AgentLayer, Capture, Layer, capture, check_readable
+from .capture import Capture, Layer, capture, check_readable
 
 IMAGES = 4
 """Validation images that are watched."""
@@ -55,32 +55,30 @@ class Watcher:
         for number, (one, image) in enumerate(zip(captures, self.images, strict=True)):
             picture = picture_of(image, self.pixels)
             pictures[f"attention_routing/image_{number}"] = stages_in_a_row(one, picture, _draw_routing)
-            if any(isinstance(layer, AgentLayer) for layer in one.layers):
+            if any(layer.agents for layer in one.layers):
                 pictures[f"attention_agents/image_{number}"] = stages_in_a_row(one, picture, _draw_agents)
         return Insight({name: sum(values) / len(values) for name, values in sorted(found.items())}, pictures)
 
 
 def warnings_of(layer: Layer) -> dict[str, float]:
-    """Shares in 0..1 that tell of collapse, by tag; empty for plain attention.
+    """Shares in 0..1 that tell of collapse, by tag; empty where no windows are chosen.
 
     routing_entropy: of how often each window is read, divided by its maximum log P: 0 if all windows read the same
     one, 1 if all are read equally often. windows_unread: share that no window reads. offset_saturation: share of agents
     that were stopped at -1 or 1 along an axis. The tag says stage, and whether tokens or agents route.
     """
-    if layer.n_win == 1:
+    if layer.routing is None:
         return {}
-    place = f"stage_{layer.stage}_{'agents' if isinstance(layer, AgentLayer) else 'tokens'}"
-    read = maps.windows_read(layer).flatten().double()
+    place = f"stage_{layer.stage}_{'agents' if layer.agents else 'tokens'}"
+    read = layer.routing.windows_read().flatten().double()
     shares = read / read.sum()
     entropy = -float(torch.special.xlogy(shares, shares).sum()) / math.log(len(shares))
     result = {
         f"attention_routing_entropy/{place}": entropy,
         f"attention_windows_unread/{place}": float((read == 0).double().mean()),
     }
-    if isinstance(layer, AgentLayer):
-        ha, wa = layer.agents
-        stopped = (layer.positions[:ha, :wa].abs() >= 1).any(-1)
-        result[f"attention_offset_saturation/{place}"] = float(stopped.double().mean())
+    if layer.agents:
+        result[f"attention_offset_saturation/{place}"] = maps.share_stopped(layer.agents)
     return result
 
 
@@ -104,19 +102,16 @@ def stages_in_a_row(found: Capture, picture: np.ndarray, draw: Drawing) -> Image
 
 def _draw_routing(axes: Axes, picture: np.ndarray, layers: list[Layer]) -> None:
     """How often each window is read; the brightest is read most."""
-    routed = [layer for layer in layers if layer.n_win > 1]
-    if not routed:
+    layer = next((layer for layer in layers if layer.routing), None)
+    if layer is None:
         figures.show(axes, picture)
         return
-    layer = routed[0]
-    window = torch.tensor([layer.q.shape[0] // layer.n_win, layer.q.shape[1] // layer.n_win])
-    counts = maps.windows_read(layer).double()
-    tokens = counts.repeat_interleave(int(window[0]), 0).repeat_interleave(int(window[1]), 1)
+    window_h, window_w = (side // layer.routing.n_win for side in layer.routing.sides)
+    tokens = layer.routing.windows_read().double().repeat_interleave(window_h, 0).repeat_interleave(window_w, 1)
     figures.show(axes, figures.heated(picture, maps.to_pixels(layer, tokens, picture.shape[:2]).numpy()))
 
 
 def _draw_agents(axes: Axes, picture: np.ndarray, layers: list[Layer]) -> None:
     figures.show(axes, figures.dimmed(picture))
-    for layer in layers[-1:]:
-        if isinstance(layer, AgentLayer):
-            figures.draw_agents(axes, layer, None)
+    if layers[-1].agents:
+        figures.draw_agents(axes, layers[-1], None)

@@ -9,10 +9,11 @@ from matplotlib.figure import Figure, FigureBase
 from PIL import Image
 from torch import Tensor
 
+from models.attention_maps import compose
 from runtime.errors import UsageError
 
 from . import figures, maps
-from .capture import AgentLayer, Capture, Layer, RoutedLayer
+from .capture import Capture, Layer
 
 AGENTS_SHOWN = 4
 
@@ -64,9 +65,9 @@ def panels_of(capture: Capture, picture: np.ndarray, query: Query) -> list[Panel
     panels = []
     for number, layer in enumerate(layers, start=1):
         row, column = maps.token_at(layer, capture.size, query.x, query.y)
-        kind = _routed_panels if isinstance(layer, RoutedLayer) else _agent_panels
+        kind = _agent_panels if layer.agents else _token_panels
         # A block of stage 4 of DeBiFormer has the same attention twice.
-        again = number > 1 and type(layers[0]) is type(layer)
+        again = number > 1 and bool(layers[0].agents) == bool(layer.agents)
         for panel in kind(layer, picture, query, row, column):
             title = f"{panel.title}, second attention" if again else panel.title
             panels.append(Panel(f"{panel.key}_{number}" if again else panel.key, title, panel.caption, panel.draw))
@@ -79,7 +80,7 @@ def _peak(weights: Tensor) -> str:
 
 def _in_padding(layer: Layer, weights: Tensor) -> str:
     """What of a map (H, W) cannot be shown, in words; nothing if all can."""
-    height, width = layer.tokens
+    height, width = layer.maps.tokens
     hidden = float(weights.sum() - weights[:height, :width].sum())
     return f" {100 * hidden:.1f} % go to the padding right of and below the picture." if hidden > 5e-4 else ""
 
@@ -88,9 +89,10 @@ def _heat(layer: Layer, picture: np.ndarray, weights: Tensor) -> np.ndarray:
     return figures.heated(picture, maps.to_pixels(layer, weights, picture.shape[:2]).numpy())
 
 
-def _routed_panels(layer: RoutedLayer, picture: np.ndarray, query: Query, row: int, column: int) -> list[Panel]:
-    window = maps.window_of(row, column, layer.q.shape[:2], layer.n_win)
-    weights = maps.over_heads(maps.token_attention(layer, row, column), query.head)
+def _token_panels(layer: Layer, picture: np.ndarray, query: Query, row: int, column: int) -> list[Panel]:
+    routing = layer.routing
+    window = routing.window_of(row, column) if routing else 0
+    weights = maps.over_heads(layer.maps.token_attention(row, column), query.head)
     point = (query.x, query.y)
 
     def draw_windows(figure: FigureBase) -> None:
@@ -102,7 +104,7 @@ def _routed_panels(layer: RoutedLayer, picture: np.ndarray, query: Query, row: i
     def draw_attention(figure: FigureBase) -> None:
         (axes,) = figures.full_bleed(figure)
         figures.show(axes, _heat(layer, picture, weights))
-        if layer.n_win > 1:
+        if routing:
             figures.draw_ranked_windows(axes, layer, window, filled=False)
         figures.mark_query(axes, point)
 
@@ -113,9 +115,9 @@ def _routed_panels(layer: RoutedLayer, picture: np.ndarray, query: Query, row: i
         f"The brightest token gets {_peak(weights)}.{_in_padding(layer, weights)}",
         draw_attention,
     )
-    if layer.n_win == 1:
+    if routing is None:
         return [attention]
-    count, among = layer.idx.shape[1], layer.n_win**2
+    count, among = routing.idx.shape[1], routing.n_win**2
     windows = Panel(
         "windows",
         "Routed windows",
@@ -126,16 +128,16 @@ def _routed_panels(layer: RoutedLayer, picture: np.ndarray, query: Query, row: i
     return [windows, attention]
 
 
-def _agent_panels(layer: AgentLayer, picture: np.ndarray, query: Query, row: int, column: int) -> list[Panel]:
-    ha, wa = layer.agents
-    to_agents = maps.over_heads(maps.token_to_agents(layer)[:, row, column], query.head)
-    reads = maps.agent_reads(layer).mean(0)
-    composed = maps.compose(to_agents, reads)
+def _agent_panels(layer: Layer, picture: np.ndarray, query: Query, row: int, column: int) -> list[Panel]:
+    agents = layer.agents
+    ha, wa = agents.agents
+    to_agents = maps.over_heads(agents.token_to_agents()[:, row, column], query.head)
+    reads = agents.agent_reads().mean(0)
+    composed = compose(to_agents, reads)
     shown = to_agents[:ha, :wa].flatten().topk(min(AGENTS_SHOWN, ha * wa))
     places = [divmod(number, wa) for number in shown.indices.tolist()]
-    windows = maps.agent_windows(layer)
+    windows = agents.agent_windows()
     positions = maps.agent_pixels(layer)[1]
-    clamped = float((layer.positions[:ha, :wa].abs() == 1).any(-1).double().mean())
     point = (query.x, query.y)
 
     def draw_agents(figure: FigureBase) -> None:
@@ -157,21 +159,21 @@ def _agent_panels(layer: AgentLayer, picture: np.ndarray, query: Query, row: int
         figures.mark_query(axes, point)
 
     shares = ", ".join(f"{100 * share:.1f} %" for share in shown.values.tolist())
-    groups = f", one colour for each of {layer.groups} groups" if layer.groups > 1 else ""
+    groups = f", one colour for each of {agents.groups} groups" if agents.groups > 1 else ""
     return [
         Panel(
             "agents",
             "Deformable agents",
             f"{ha * wa} agents{groups}: crosses are the reference grid, lines lead to where the agents went, areas are "
             f"the attention that they get from all tokens ({query.heads}). "
-            f"{100 * clamped:.1f} % were stopped at the picture's edge.",
+            f"{100 * maps.share_stopped(agents):.1f} % were stopped at the picture's edge.",
             draw_agents,
         ),
         Panel(
             "agent_reads",
             "What agents read",
             f"The agents that the marked token listens to most ({shares} of its attention), each with the "
-            f"{layer.idx.shape[1]} of {layer.n_win**2} windows that its own window (framed) reads.",
+            f"{agents.idx.shape[1]} of {agents.n_win**2} windows that its own window (framed) reads.",
             draw_reads,
         ),
         Panel(
@@ -215,11 +217,8 @@ def layer_frames(capture: Capture, picture: np.ndarray, query: Query, side: int 
     frames = []
     for layer in capture.layers:
         row, column = maps.token_at(layer, capture.size, query.x, query.y)
-        if isinstance(layer, AgentLayer):
-            weights, name = maps.composed_attention(layer, row, column), "through agents"
-        else:
-            weights = maps.over_heads(maps.token_attention(layer, row, column), None)
-            name = "in routed windows" if layer.n_win > 1 else "plain attention"
+        weights = maps.over_heads(layer.maps.token_attention(row, column), None)
+        name = "through agents" if layer.agents else "in routed windows" if layer.routing else "plain attention"
         heat = _heat(layer, picture, weights)
 
         def draw(figure: FigureBase, heat: np.ndarray = heat, layer: Layer = layer, name: str = name) -> None:

@@ -122,7 +122,7 @@ def answer(photo: Photo, choice: Choice) -> Answer:
         query,
         capture.size,
         blocks=capture.depths[choice.stage],
-        heads=min(layer.num_heads for layer in capture.block(choice.stage, choice.block)),
+        heads=min(layer.maps.num_heads for layer in capture.block(choice.stage, choice.block)),
     )
 
 

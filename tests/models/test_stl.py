@@ -7,7 +7,8 @@ from golden.fill import fill
 from timm.layers.pos_embed_rel import RelPosBiasTf
 
 from models.layers import to_nchw, to_nhwc
-from models.stl import PartitionAttention, PooledRoutingAttention, RelativePositionBias
+from models.partition_attention import PartitionAttention, RelativePositionBias
+from models.stl import PooledRoutingAttention
 
 
 def random_map(height, width, channels):

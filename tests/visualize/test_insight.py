@@ -32,8 +32,12 @@ def layers(nano):
     return capture(nano, IMAGES[:1]).layers
 
 
+def with_maps(layer, **values):
+    return replace(layer, maps=replace(layer.maps, **values))
+
+
 def routed_as(layer, idx):
-    return replace(layer, idx=torch.tensor(idx))
+    return with_maps(layer, idx=torch.tensor(idx))
 
 
 def test_entropy_and_unread_windows(layers):
@@ -52,17 +56,17 @@ def test_entropy_and_unread_windows(layers):
 
 def test_saturation_counts_agents_at_the_edge_of_the_picture_but_no_padding(layers):
     layer = layers[1]
-    ha, wa, g, _ = layer.positions.shape
-    inside = torch.zeros_like(layer.positions)
+    ha, wa, g, _ = layer.maps.positions.shape
+    inside = torch.zeros_like(layer.maps.positions)
     name = "attention_offset_saturation/stage_1_agents"
-    assert warnings_of(replace(layer, positions=inside))[name] == 0
+    assert warnings_of(with_maps(layer, positions=inside))[name] == 0
     one = inside.clone()
     one[0, 0, 0, 1] = -1
-    assert warnings_of(replace(layer, positions=one))[name] == pytest.approx(1 / (ha * wa * g))
-    assert warnings_of(replace(layer, positions=one + 1, agents=(1, 1)))[name] == 1
+    assert warnings_of(with_maps(layer, positions=one))[name] == pytest.approx(1 / (ha * wa * g))
+    assert warnings_of(with_maps(layer, positions=one + 1, agents=(1, 1)))[name] == 1
     padded = inside.clone()
     padded[ha - 1 :] = 1
-    assert warnings_of(replace(layer, positions=padded, agents=(ha - 1, wa)))[name] == 0
+    assert warnings_of(with_maps(layer, positions=padded, agents=(ha - 1, wa)))[name] == 0
 
 
 def test_a_look_has_numbers_and_pictures_of_every_stage(nano):

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import models  # noqa: F401 (registers the models)
 from runtime.errors import UsageError
 from visualize import maps
-from visualize.capture import AgentLayer, RoutedLayer, capture
+from visualize.capture import capture
 
 EXACT = {"rtol": 1e-9, "atol": 1e-12}
 SIZES = [(96, 96), (72, 56)]
@@ -199,7 +199,7 @@ def dbra_by_hand(module, x, idx, tokens):
 
 
 def some_tokens(layer):
-    height, width = layer.tokens
+    height, width = layer.maps.tokens
     return sorted({(0, 0), (height - 1, width - 1), (height // 2, width // 3)})
 
 
@@ -208,20 +208,25 @@ def some_tokens(layer):
 
 @torch.no_grad()
 def check_bra(module, layer, x):
-    x = pad(x, layer.n_win)
+    x = pad(x, layer.maps.n_win)
     q, k, _ = linear(x, module.qkv.qkv.weight, module.qkv.qkv.bias).chunk(3, -1)
-    check_routing(layer.idx, q, k, layer.n_win, module.router.topk)
+    check_routing(layer.maps.idx, q, k, layer.maps.n_win, module.router.topk)
     for row, column in some_tokens(layer):
-        window = window_at(row, column, q.shape[:2], layer.n_win)
+        window = window_at(row, column, q.shape[:2], layer.maps.n_win)
         weights = attend(
-            q[row, column], k, layer.idx[window].tolist(), layer.n_win, layer.num_heads, q.shape[-1] ** -0.5
+            q[row, column],
+            k,
+            layer.maps.idx[window].tolist(),
+            layer.maps.n_win,
+            layer.maps.num_heads,
+            q.shape[-1] ** -0.5,
         )
-        torch.testing.assert_close(maps.token_attention(layer, row, column), weights, **EXACT)
+        torch.testing.assert_close(layer.maps.token_attention(row, column), weights, **EXACT)
 
 
 def test_bra_routes_and_attends_as_by_hand(debiformer):
     model, found, inputs = debiformer
-    layers = [layer for layer in found.layers if isinstance(layer, RoutedLayer)]
+    layers = [layer for layer in found.layers if not layer.agents]
     assert [layer.stage for layer in layers] == [1, 2, 3, 3]
     for layer in layers:
         check_bra(model.get_submodule(layer.name), layer, inputs[layer.name])
@@ -230,21 +235,21 @@ def test_bra_routes_and_attends_as_by_hand(debiformer):
 def test_agents_as_by_hand(debiformer):
     """Positions, routing, agent to window, token to agent, and their product."""
     model, found, inputs = debiformer
-    layers = [layer for layer in found.layers if isinstance(layer, AgentLayer)]
+    layers = [layer for layer in found.layers if layer.agents]
     assert [layer.stage for layer in layers] == [1, 2, 3, 3, 4, 4]
     for layer in layers:
         tokens = some_tokens(layer)
         module = model.get_submodule(layer.name)
-        reads, positions, to_agents = dbra_by_hand(module, inputs[layer.name], layer.idx, tokens)
-        torch.testing.assert_close(layer.positions, positions, **EXACT)
-        torch.testing.assert_close(maps.agent_reads(layer), reads, **EXACT)
+        reads, positions, to_agents = dbra_by_hand(module, inputs[layer.name], layer.maps.idx, tokens)
+        torch.testing.assert_close(layer.maps.positions, positions, **EXACT)
+        torch.testing.assert_close(layer.maps.agent_reads(), reads, **EXACT)
         for number, (row, column) in enumerate(tokens):
-            torch.testing.assert_close(maps.token_to_agents(layer)[:, row, column], to_agents[number], **EXACT)
+            torch.testing.assert_close(layer.maps.token_to_agents()[:, row, column], to_agents[number], **EXACT)
             expected = torch.zeros(reads.shape[-2:], dtype=torch.float64)
             for a in range(reads.shape[1]):
                 for b in range(reads.shape[2]):
                     expected += to_agents[number, :, a, b].mean() * reads[:, a, b].mean(0)
-            composed = maps.composed_attention(layer, row, column)
+            composed = layer.maps.token_attention(row, column).mean(0)
             torch.testing.assert_close(composed, expected, **EXACT)
             assert float(composed.sum()) == pytest.approx(1, abs=1e-12)
 
@@ -252,41 +257,44 @@ def test_agents_as_by_hand(debiformer):
 def test_one_head_of_the_tokens_composed_with_the_mean_of_the_agents(debiformer):
     _, found, _ = debiformer
     layer = found.block(3)[-1]
-    heads = [maps.composed_attention(layer, 1, 1, head) for head in range(layer.num_heads)]
-    torch.testing.assert_close(sum(heads) / len(heads), maps.composed_attention(layer, 1, 1), **EXACT)
-    assert all(float(head.sum()) == pytest.approx(1, abs=1e-12) for head in heads)
+    heads = layer.maps.token_attention(1, 1)
+    reads = layer.maps.agent_reads().mean(0)
+    for head, to_agents in zip(heads, layer.maps.token_to_agents()[:, 1, 1], strict=True):
+        expected = sum(to_agents[a, b] * reads[a, b] for a in range(reads.shape[0]) for b in range(reads.shape[1]))
+        torch.testing.assert_close(head, expected, **EXACT)
+        assert float(head.sum()) == pytest.approx(1, abs=1e-12)
     assert not torch.allclose(heads[0], heads[1])
 
 
 def test_biformer_as_by_hand(biformer):
     model, found, inputs = biformer
-    assert all(isinstance(layer, RoutedLayer) for layer in found.layers)
+    assert all(not layer.agents for layer in found.layers)
     *routed, full = found.layers
     for layer in routed:
         check_bra(model.get_submodule(layer.name), layer, inputs[layer.name])
     module, x = model.get_submodule(full.name), inputs[full.name]
     q, k, _ = linear(x, module.qkv.weight).chunk(3, -1)
-    assert full.n_win == 1
+    assert full.maps.n_win == 1
     for row, column in some_tokens(full):
-        expected = attend(q[row, column], k, [0], 1, full.num_heads, (q.shape[-1] // full.num_heads) ** -0.5)
-        torch.testing.assert_close(maps.token_attention(full, row, column), expected, **EXACT)
+        expected = attend(q[row, column], k, [0], 1, full.maps.num_heads, (q.shape[-1] // full.maps.num_heads) ** -0.5)
+        torch.testing.assert_close(full.maps.token_attention(row, column), expected, **EXACT)
 
 
 def test_shares_of_the_agents_are_means_over_the_tokens_of_the_picture(debiformer):
     _, found, _ = debiformer
     for layer in found.layers:
-        if not isinstance(layer, AgentLayer):
+        if not layer.agents:
             continue
-        height, width = layer.tokens
-        everything = maps.token_to_agents(layer)
+        height, width = layer.maps.tokens
+        everything = layer.maps.token_to_agents()
         expected = sum(everything[:, i, j] for i in range(height) for j in range(width)) / (height * width)
-        torch.testing.assert_close(maps.agent_shares(layer), expected, **EXACT)
+        torch.testing.assert_close(layer.maps.agent_shares(), expected, **EXACT)
 
 
 def test_pixels_hold_what_their_tokens_hold(debiformer):
     _, found, _ = debiformer
     for layer in found.layers:
-        height, width = layer.q.shape[:2]
+        height, width = layer.maps.q.shape[:2]
         token_map = torch.rand(height, width, dtype=torch.float64)
         whole = (height * layer.stride, width * layer.stride)
         pixels = maps.to_pixels(layer, token_map, whole)
@@ -301,15 +309,15 @@ def test_agents_are_drawn_where_they_read(debiformer):
     """-1 and 1 are the centres of the first and last token, padding included; references are cell centres."""
     _, found, _ = debiformer
     layer = found.block(1)[-1]
-    sides = torch.tensor(layer.q.shape[:2])
+    sides = torch.tensor(layer.maps.q.shape[:2])
     corners = maps.pixel_positions(layer, torch.tensor([[-1.0, -1.0], [1.0, 1.0]], dtype=torch.float64))
     half = layer.stride / 2 - 0.5
     assert corners[0].tolist() == [half, half]
     assert corners[1].tolist() == [float(side - 1) * layer.stride + half for side in sides.flip(0)]
     start, end = maps.agent_pixels(layer)
-    assert start.shape == end.shape == (*layer.agents, layer.groups, 2)
+    assert start.shape == end.shape == (*layer.maps.agents, layer.maps.groups, 2)
     offsets = end - start
-    inside = (layer.positions[: layer.agents[0], : layer.agents[1]].abs() < 1).all(-1)
+    inside = (layer.maps.positions[: layer.maps.agents[0], : layer.maps.agents[1]].abs() < 1).all(-1)
     per_pixel = offsets[inside] / (sides.flip(0) - 1) / layer.stride
     torch.testing.assert_close(per_pixel[:, 0], per_pixel[:, 1], **EXACT)  # one number moves both coordinates
 
@@ -317,11 +325,11 @@ def test_agents_are_drawn_where_they_read(debiformer):
 def test_windows_are_boxes_of_whole_tokens(debiformer):
     _, found, _ = debiformer
     for layer in found.layers:
-        boxes = [maps.window_box(layer, window) for window in range(layer.n_win**2)]
+        boxes = [maps.window_box(layer, window) for window in range(layer.maps.n_win**2)]
         area = sum((right - left) * (bottom - top) for left, top, right, bottom in boxes)
-        assert area == layer.q.shape[0] * layer.q.shape[1] * layer.stride**2
-        row, column = layer.tokens[0] - 1, layer.tokens[1] // 2
-        left, top, right, bottom = boxes[maps.window_of(row, column, layer.q.shape[:2], layer.n_win)]
+        assert area == layer.maps.q.shape[0] * layer.maps.q.shape[1] * layer.stride**2
+        row, column = layer.maps.tokens[0] - 1, layer.maps.tokens[1] // 2
+        left, top, right, bottom = boxes[layer.maps.window_of(row, column)]
         assert left <= column * layer.stride < right
         assert top <= row * layer.stride < bottom
 
