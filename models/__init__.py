@@ -1,6 +1,6 @@
 """The model families, registered with timm on import.
 
-Installed (`pip install .`): `import debiformer, timm; timm.create_model("debiformer_tiny")`. In a checkout: `import models`.
+`import debiformer, timm; timm.create_model("debiformer_tiny")` where installed; inside a checkout, `import models`.
 """
 
 import sys
