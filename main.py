@@ -45,7 +45,7 @@ from runtime import distributed
 from runtime.agreement import decide
 from runtime.checkpoint import TrainingState
 from runtime.distributed import DistInfo
-from runtime.errors import UsageError, did_you_mean, exit_on_error, explain_dead_workers
+from runtime.errors import UsageError, did_you_mean, exit_on_error, explain_dead_workers, message_of
 from runtime.meters import LossMeter
 from runtime.options import Options, inert_notes, mixing, parse_args, to_plain
 from runtime.resume import find_checkpoint, go_on, how_to_go_on, name_folder, note, open_folder
@@ -75,7 +75,7 @@ def run(options: Options) -> dict[str, Any]:
             with explain_dead_workers(), group:
                 return (evaluate_only if options.eval else train)(options, processes, device)
         except WeightsError as error:
-            raise UsageError(str(error)) from error
+            raise UsageError(message_of(error)) from error
 
 
 def evaluate_only(options: Options, processes: DistInfo, device: torch.device) -> dict[str, Any]:
