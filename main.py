@@ -24,7 +24,7 @@ from optim_factory import build_ema, build_optimizer, build_scheduler, check_tra
 from runtime.agreement import decide
 from runtime.checkpoint import TrainingState
 from runtime.distributed import find_processes, process_group
-from runtime.errors import UsageError, exit_on_error, explain_dead_workers, note
+from runtime.errors import UsageError, exit_on_error, explain_dead_workers, message_of, note
 from runtime.meters import LossMeter
 from runtime.model import check_model_name
 from runtime.options import RunOptions, inert_notes, to_plain
@@ -56,7 +56,7 @@ def run(options: Options) -> dict[str, Any]:
             with explain_dead_workers(), process_group(info, device, options.dist_url, COLLECTIVE_TIMEOUT):
                 return (evaluate_only if options.eval else train)(options, task)
         except WeightsError as error:
-            raise UsageError(str(error)) from error
+            raise UsageError(message_of(error)) from error
 
 
 def evaluate_only(options: Options, task: Task) -> dict[str, Any]:

@@ -1,4 +1,19 @@
-"""The model families, registered with timm on import: `import models, timm; timm.create_model("debiformer_tiny")`."""
+"""The model families, registered with timm on import.
+
+`import debiformer, timm; timm.create_model("debiformer_tiny")` where installed; inside a checkout, `import models`.
+"""
+
+import sys
+
+__version__ = "0.1.0"
+
+for _name in ("models", "debiformer"):
+    if _name != __name__ and f"{_name}.ops.routed" in sys.modules:
+        raise ImportError(
+            f"{__name__} is the same package as {_name}, which this process has imported from "
+            f"{sys.modules[_name].__path__[0]}, and PyTorch registers its operators once per process; "
+            f"import {_name} only (`models` inside a checkout, `debiformer` everywhere else)"
+        )
 
 from . import biformer, debiformer, stl
 from .attention_maps import AttentionMaps

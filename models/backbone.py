@@ -5,7 +5,6 @@ Maps between stages are (B, C, H, W), kept in channels-last memory, at strides 4
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -118,6 +117,7 @@ class Backbone(nn.Module):
     attention pads what does not, without it such an image size is refused with a ValueError.
     drop_rate: dropout before the classifier; drop_path_rate: stochastic depth, growing linearly from 0 over all blocks.
     grad_checkpointing: recompute blocks in the backward pass to save memory; one bool or one per stage.
+    output_stride: 32, the only one there is. device, dtype: where and in which precision the model is made.
 
     Input (B, in_chans, H, W) floats; output logits (B, num_classes).
     """
@@ -141,8 +141,16 @@ class Backbone(nn.Module):
         drop_path_rate: float = 0.0,
         auto_pad: bool = True,
         grad_checkpointing: bool | Sequence[bool] = False,
+        output_stride: int = STRIDES[-1],
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        if output_stride != STRIDES[-1]:
+            raise ValueError(
+                f"{type(self).__name__} has an output stride of {STRIDES[-1]}, not {output_stride}: its stages cannot "
+                "be dilated; choose a decoder that takes strides 4 to 32"
+            )
         self.num_classes, self.in_chans = num_classes, in_chans
         self.num_features = self.head_hidden_size = embed_dims[-1]
         self.n_win, self.auto_pad, self.round_up = n_win, auto_pad, round_up
@@ -152,15 +160,17 @@ class Backbone(nn.Module):
             for i, (dim, stride) in enumerate(zip(embed_dims, STRIDES, strict=True))
         ]
 
-        self.downsample_layers = nn.ModuleList(downsampling(in_chans, embed_dims))
         rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
-        self.stages = nn.ModuleList(
-            make_stage(*(make_block(stage, number, next(rates)) for number in range(depth)))
-            for stage, depth in enumerate(depths)
-        )
-        self.norm = norm_layer(embed_dims[-1])
-        self.head_drop = nn.Dropout(drop_rate)
-        self.reset_classifier(num_classes, global_pool)
+        with nullcontext() if device is None else torch.device(device):
+            self.downsample_layers = nn.ModuleList(downsampling(in_chans, embed_dims))
+            self.stages = nn.ModuleList(
+                make_stage(*(make_block(stage, number, next(rates)) for number in range(depth)))
+                for stage, depth in enumerate(depths)
+            )
+            self.norm = norm_layer(embed_dims[-1])
+            self.head_drop = nn.Dropout(drop_rate)
+            self.reset_classifier(num_classes, global_pool)
+        self.to(dtype=dtype)
         self.set_grad_checkpointing(grad_checkpointing)
 
     # -- timm's interface ---------------------------------------------------------------------------------------
@@ -269,23 +279,6 @@ class Backbone(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-def construct(
-    model_class: type[Backbone],
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-    output_stride: int = STRIDES[-1],
-    **kwargs: Any,
-) -> Backbone:
-    """A model with timm's factory arguments, made on `device`. ValueError for an output stride other than 32."""
-    if output_stride != STRIDES[-1]:
-        raise ValueError(
-            f"{model_class.__name__} has an output stride of {STRIDES[-1]}, not {output_stride}: its stages cannot be "
-            "dilated; choose a decoder that takes strides 4 to 32"
-        )
-    with nullcontext() if device is None else torch.device(device):
-        return model_class(**kwargs).to(dtype=dtype)
-
-
 def build_variant(model_class: type[Backbone], variant: str, pretrained: bool, **kwargs: Any) -> nn.Module:
     """timm's builder with what all families share. `pretrained` takes the release unless another source is given."""
     if pretrained:
@@ -296,7 +289,7 @@ def build_variant(model_class: type[Backbone], variant: str, pretrained: bool, *
             found = {"file": str(find_release(cfg.url.removeprefix(RELEASE))), "custom_load": True}
             kwargs["pretrained_cfg_overlay"] = {**(kwargs.get("pretrained_cfg_overlay") or {}), **found}
     return build_model_with_cfg(
-        partial(construct, model_class),
+        model_class,
         variant,
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,

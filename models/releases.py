@@ -31,6 +31,9 @@ from .weights import WeightsError, check_outline, load_checkpoint, weights_of
 from .weights.releases import RELEASES, Places, check_sha256, find_release, here, release_of
 from .weights.sources import cache_folder, keep_in_cache, receiving, sha256_of
 
+COMMAND = f"{__package__}.releases"
+"""models.releases in a checkout, debiformer.releases where the package is installed."""
+
 
 def list_releases(places: Places) -> None:
     """Print the table."""
@@ -84,13 +87,13 @@ def add(file: Path, model: str) -> Path:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"models.releases: error: {message}\n")
+        self.exit(2, f"{COMMAND}: error: {message}\n")
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = _Parser(
-        prog="python -m models.releases",
-        description=__doc__,
+        prog=f"python -m {COMMAND}",
+        description=__doc__.replace("models.releases", COMMAND),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="list|fetch|add|verify")
@@ -138,7 +141,7 @@ if __name__ == "__main__":
     try:
         main()
     except WeightsError as error:
-        print(f"models.releases: error: {error}", file=sys.stderr)
+        print(f"{COMMAND}: error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -7,7 +7,7 @@ import torch.distributed as dist
 
 from models.weights import WeightsError
 from runtime.distributed import DistInfo, broadcast_object
-from runtime.errors import TemporaryFailure, UsageError
+from runtime.errors import TemporaryFailure, UsageError, message_of
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, UsageError | TemporaryF
     except (UsageError, TemporaryFailure) as error:
         return None, error
     except WeightsError as error:
-        return None, UsageError(str(error))
+        return None, UsageError(message_of(error))
 
 
 def gather(value: T, processes: DistInfo) -> list[T]:

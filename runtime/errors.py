@@ -70,6 +70,26 @@ def explain_dead_workers() -> Iterator[None]:
         ) from error
 
 
+MODEL_OPTIONS = {"num_classes": "--num_classes", "img_size": "--input_size"}
+"""Arguments of a model that have an option of their own."""
+
+
+def message_of(error: Exception) -> str:
+    """The message of an error for a command line: what `arguments` it names of a model are told as options."""
+    arguments = getattr(error, "arguments", None)
+    if not arguments:
+        return str(error)
+    options = []
+    for name, value in arguments.items():
+        values = value if isinstance(value, tuple) else (value,)
+        if name in MODEL_OPTIONS:
+            options.append(f"{MODEL_OPTIONS[name]} {values[0]}")
+        else:
+            options.append(f"--model_kwargs {name}={','.join(map(str, values))}")
+    options += [f"--finetune, which {error.finetuning}"] if error.finetuning else []
+    return f"{error.problem}: pass {', or '.join(options)}"
+
+
 EXIT_CODES = {UsageError: 2, NonFiniteLoss: 1, Stopped: 75, TemporaryFailure: 75}
 """75 is EX_TEMPFAIL: try again. Exceptions of other modules may bring their own as `exit_code`."""
 
@@ -100,7 +120,8 @@ def exit_on_error(program: str, main: Callable[[], object]) -> None:
         code = EXIT_CODES.get(type(error), getattr(error, "exit_code", None))
         if code is None:
             raise
-        print(f"{program}: {'' if isinstance(error, Stopped) else 'error: '}{error}", file=sys.stderr, flush=True)
+        kind = "" if isinstance(error, Stopped) else "error: "
+        print(f"{program}: {kind}{message_of(error)}", file=sys.stderr, flush=True)
         sys.exit(code)
 
 

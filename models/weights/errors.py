@@ -1,6 +1,7 @@
 """What is wrong with weights, as exceptions of one line."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class WeightsError(ValueError):
@@ -17,20 +18,29 @@ class WeightsMismatch(WeightsError):
     """Weights of another model.
 
     Args:
+        problem: what differs, in a sentence.
         missing: names that the model has and the weights lack.
         unexpected: names that only the weights have.
         shapes: by name, the shape in the weights and the model's, where they differ.
+        arguments: those of `timm.create_model` with which the model would fit.
+        finetuning: what `load_to_finetune` does about the difference; "" if it refuses it, too.
     """
 
     def __init__(
         self,
-        message: str,
+        problem: str,
         missing: Iterable[str] = (),
         unexpected: Iterable[str] = (),
         shapes: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] | None = None,
+        arguments: Mapping[str, Any] | None = None,
+        finetuning: str = "",
     ) -> None:
-        super().__init__(message)
+        self.problem = problem = printable(problem, most=2000)
+        self.arguments, self.finetuning = dict(arguments or {}), finetuning
         self.missing, self.unexpected, self.shapes = frozenset(missing), frozenset(unexpected), dict(shapes or {})
+        remedies = [f"create the model with {name}={value}" for name, value in self.arguments.items()]
+        remedies += [f"use load_to_finetune, which {finetuning}"] if finetuning else []
+        super().__init__(": ".join(filter(None, (problem, ", or ".join(remedies)))))
 
 
 def printable(name: object, most: int = 80) -> str:

@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -99,19 +99,18 @@ def check_fit(model: nn.Module, weights: Mapping[str, Tensor], path: str | Path)
     """
     wanted = model.state_dict()
     name = (getattr(model, "default_cfg", None) or {}).get("architecture") or type(model).__name__
-    for difference in (_names, _widths, _depths, _classes, _image_size, _shapes):
-        problem = difference(weights, wanted, name)
-        if problem:
+    for compare in (_names, _widths, _depths, _classes, _image_size, _shapes):
+        difference = compare(weights, wanted, name)
+        if difference:
             both = weights.keys() & wanted.keys()
+            shapes = {key: (tuple(weights[key].shape), tuple(wanted[key].shape)) for key in both}
             raise WeightsMismatch(
-                f"{path}: {problem}",
+                f"{path}: {difference.problem}",
                 missing=wanted.keys() - both,
                 unexpected=weights.keys() - both,
-                shapes={
-                    key: (tuple(weights[key].shape), tuple(wanted[key].shape))
-                    for key in both
-                    if weights[key].shape != wanted[key].shape
-                },
+                shapes={key: pair for key, pair in shapes.items() if pair[0] != pair[1]},
+                arguments=difference.arguments,
+                finetuning=difference.finetuning,
             )
     # In the model's precision, where a large double may be infinite.
     broken = [key for key, value in weights.items() if not value.to(wanted[key].dtype).isfinite().all()]
@@ -126,7 +125,15 @@ def check_outline(build: Callable[[], nn.Module], weights: Mapping[str, Tensor],
     check_fit(model, weights, path)
 
 
-def _names(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: str) -> str | None:
+class _Difference(NamedTuple):
+    """See `WeightsMismatch`."""
+
+    problem: str
+    arguments: dict[str, Any] | None = None
+    finetuning: str = ""
+
+
+def _names(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: str) -> _Difference | None:
     """Names of one side alone, apart from whole blocks by which the depths differ."""
     theirs, ours = _blocks_per_stage(found), _blocks_per_stage(wanted)
 
@@ -139,7 +146,9 @@ def _names(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: str
         names = [name for name in one_sided if not beyond(name)]
         if names:
             problems.append(f"{verb} {listed(names)} ({listed({_place(name) for name in names})})")
-    return f"checkpoint is of another model than {model}: it {' and '.join(problems)}" if problems else None
+    if not problems:
+        return None
+    return _Difference(f"checkpoint is of another model than {model}: it {' and '.join(problems)}")
 
 
 def _place(name: str) -> str:
@@ -152,44 +161,44 @@ def _blocks_per_stage(names: Iterable[str]) -> dict[int, int]:
     return dict(sorted(Counter(stage for stage, _ in blocks).items()))
 
 
-def _depths(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: str) -> str | None:
+def _depths(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: str) -> _Difference | None:
     theirs, ours = _blocks_per_stage(found), _blocks_per_stage(wanted)
     changed = [stage for stage in ours if theirs[stage] != ours[stage]]
     if not changed:
         return None
-    remedy = f"pass --model_kwargs depths={_joined(theirs.values())}"
+    problem = f"checkpoint has {_joined(theirs.values())} blocks in its stages, {model} has {_joined(ours.values())}"
     if len(changed) == 1:
         stage, count = changed[0], theirs[changed[0]]
         blocks = f"{count} block{'s' if count > 1 else ''} in stage {stage + 1}"
-        return f"checkpoint has {blocks}, {model} has {ours[stage]}: {remedy}"
-    depths = _joined(theirs.values())
-    return f"checkpoint has {depths} blocks in its stages, {model} has {_joined(ours.values())}: {remedy}"
+        problem = f"checkpoint has {blocks}, {model} has {ours[stage]}"
+    return _Difference(problem, {"depths": tuple(theirs.values())})
 
 
 def _joined(numbers: Iterable[int]) -> str:
     return ",".join(map(str, numbers))
 
 
-def _widths(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: str) -> str | None:
+def _widths(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: str) -> _Difference | None:
     theirs, ours = (
         [len(value) for key, value in sorted(weights.items()) if FIRST_NORM.fullmatch(key) and value.ndim]
         for weights in (found, wanted)
     )
     if theirs == ours or len(theirs) != len(ours):
         return None
-    return f"checkpoint has widths {_joined(theirs)}, {model} has {_joined(ours)}: choose the --model of these widths"
+    widths = f"checkpoint has widths {_joined(theirs)}, {model} has {_joined(ours)}"
+    return _Difference(f"{widths}: choose the model of these widths")
 
 
-def _classes(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: str) -> str | None:
+def _classes(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: str) -> _Difference | None:
     name = "head.bias"
     if name not in wanted or found[name].ndim != 1 or len(found[name]) == len(wanted[name]):
         return None
     theirs, ours = len(found[name]), len(wanted[name])
-    remedy = f"pass --num_classes {theirs}, or --finetune, which begins with a new classifier"
-    return f"checkpoint has {theirs} classes, {model} has {ours}: {remedy}"
+    problem = f"checkpoint has {theirs} classes, {model} has {ours}"
+    return _Difference(problem, {"num_classes": theirs}, "begins with a new classifier")
 
 
-def _image_size(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: str) -> str | None:
+def _image_size(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: str) -> _Difference | None:
     for name, value in wanted.items():
         block = BLOCK.match(name)
         if block and name.endswith("rpe_table") and found[name].ndim == 3 and found[name].shape[1:] != value.shape[1:]:
@@ -198,16 +207,16 @@ def _image_size(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model
             sizes = (
                 f"checkpoint is for images of {theirs[0]} x {theirs[1]}, {model} was built for {ours[0]} x {ours[1]}"
             )
-            return f"{sizes}: pass --input_size {theirs[0]}, or --finetune, which resamples its position tables"
+            return _Difference(sizes, {"img_size": tuple(theirs)}, "resamples its position tables")
     return None
 
 
-def _shapes(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: str) -> str | None:
+def _shapes(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: str) -> _Difference | None:
     for name, value in wanted.items():
         theirs = found[name]
         same_kind = theirs.is_floating_point() == value.is_floating_point() and theirs.dtype in NUMBERS
         same_kind = same_kind and theirs.layout == torch.strided
         if theirs.shape != value.shape or not same_kind:
             ours = f"{list(value.shape)} of {value.dtype}"
-            return f"checkpoint has {name} {list(theirs.shape)} of {theirs.dtype}, {model} has {ours}"
+            return _Difference(f"checkpoint has {name} {list(theirs.shape)} of {theirs.dtype}, {model} has {ours}")
     return None

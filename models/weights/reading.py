@@ -168,7 +168,7 @@ def weights_of(checkpoint: Mapping[str, Any], path: str | Path, ema: bool = Fals
     if ema:
         weights = checkpoint.get("model_ema")
         if not isinstance(weights, dict):
-            raise WeightsError(f"{path} holds no averaged weights; leave out --use_ema")
+            raise WeightsError(f"{path} holds no averaged weights, only the last ones")
     else:
         weights = next((checkpoint[key] for key in NESTS if isinstance(checkpoint.get(key), dict)), checkpoint)
     if not weights or not all(isinstance(name, str) and is_plain(value) for name, value in weights.items()):

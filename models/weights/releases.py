@@ -85,9 +85,10 @@ def find_release(model: str, places: Places | None = None) -> Path:
                 reasons.append(str(reason))
             except WeightsError as error:
                 raise WeightsError(f"what came from {source} was not kept: {error}") from error
+    command = f"python -m {__name__.partition('.')[0]}.releases"
     raise WeightsError(
         f"cannot get the released weights of {model}: {'; '.join(reasons)}. Download them from {release.source} in a "
-        f"browser, then: python -m models.releases add FILE --model {model} (or see its --help for other places)"
+        f"browser, then: {command} add FILE --model {model} (or see its --help for other places)"
     )
 
 

@@ -15,6 +15,7 @@ from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from torch import Tensor, nn
 
 import models
+from models import BiFormer, BiFormerSTL, DeBiFormer, MaxViTSTL
 from models.deformable_attention import DeformableAgentAttention
 from models.stl import RelativePositionBias
 from models.weights import checkpoint_filter_fn
@@ -167,6 +168,15 @@ def test_factory_arguments_reach_every_tensor(name):
     floats = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
     assert {(t.device.type, t.dtype) for t in floats} == {("meta", torch.bfloat16)}
     assert next(create(name, device="cpu", dtype=None).parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("kind", [DeBiFormer, BiFormer, BiFormerSTL, MaxViTSTL])
+def test_constructors_take_factory_arguments(kind):
+    model = kind(device="meta", dtype=torch.bfloat16)
+    floats = [t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point()]
+    assert {(t.device.type, t.dtype) for t in floats} == {("meta", torch.bfloat16)}
+    with pytest.raises(ValueError, match=f"{kind.__name__} has an output stride of 32, not 8"):
+        kind(device="meta", output_stride=8)
 
 
 @cheap_models

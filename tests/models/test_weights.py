@@ -16,6 +16,7 @@ from support import complaint, save_as_authors, scrambled
 import models  # noqa: F401
 from models.weights import WeightsMismatch, load_checkpoint, load_to_finetune, load_weights, weights_of
 from models.weights.pickles import SAFE_CLASSES
+from runtime.errors import message_of
 
 
 def nano(**kwargs):
@@ -213,32 +214,32 @@ def refusal(model, weights):
 
 def test_other_depths_are_told_with_the_remedy():
     base, deeper = outline("debiformer_base"), outline("debiformer_base", depths=(2, 2, 9, 3))
-    sentence = "checkpoint has 3 blocks in stage 4, debiformer_base has 2: pass --model_kwargs depths=2,2,9,3"
+    sentence = "checkpoint has 3 blocks in stage 4, debiformer_base has 2: create the model with depths=(2, 2, 9, 3)"
     assert refusal(base, deeper.state_dict()) == f"x.pth: {sentence}"
-    sentence = "checkpoint has 2 blocks in stage 4, debiformer_base has 3: pass --model_kwargs depths=2,2,9,2"
+    sentence = "checkpoint has 2 blocks in stage 4, debiformer_base has 3: create the model with depths=(2, 2, 9, 2)"
     assert refusal(deeper, base.state_dict()) == f"x.pth: {sentence}"
     tiny = outline("debiformer_tiny")
     assert refusal(tiny, outline("debiformer_tiny", depths=(2, 2, 9, 3)).state_dict()) == (
         "x.pth: checkpoint has 2,2,9,3 blocks in its stages, debiformer_tiny has 1,1,4,1: "
-        "pass --model_kwargs depths=2,2,9,3"
+        "create the model with depths=(2, 2, 9, 3)"
     )
 
 
 def test_the_remedy_for_other_depths_helps():
     weights = nano(depths=(1, 2, 1, 1)).state_dict()
-    message = refusal(nano(), weights)
-    depths = tuple(map(int, message.rpartition("depths=")[2].split(",")))
-    load_weights(nano(depths=depths), weights, "x.pth")
+    with pytest.raises(WeightsMismatch) as error:
+        load_weights(nano(), weights, "x.pth")
+    load_weights(nano(**error.value.arguments), weights, "x.pth")
 
 
 def test_other_widths_classes_and_sizes_are_told():
-    assert "checkpoint has widths 96,192,384,768, biformer_small has 64,128,256,512: choose the --model" in refusal(
+    assert "checkpoint has widths 96,192,384,768, biformer_small has 64,128,256,512: choose the model" in refusal(
         outline("biformer_small"), outline("biformer_base").state_dict()
     )
-    assert "checkpoint has 1000 classes, debiformer_nano has 4: pass --num_classes 1000, or --finetune" in refusal(
+    assert "checkpoint has 1000 classes, debiformer_nano has 4: create the model with num_classes" in refusal(
         nano(), nano(num_classes=1000).state_dict()
     )
-    assert "checkpoint is for images of 96 x 128, debiformer_nano was built for 64 x 64: pass --input_size" in refusal(
+    assert "checkpoint is for images of 96 x 128, debiformer_nano was built for 64 x 64: create" in refusal(
         nano(), nano(img_size=(96, 128)).state_dict()
     )
     assert "has downsample_layers.0.0.weight [16, 1, 3, 3] of torch.float32, debiformer_nano has [16, 3, 3, 3]" in (
@@ -338,3 +339,21 @@ def test_a_mismatch_names_what_differs():
         load_weights(nano(), weights, "x")
     assert (error.value.missing, error.value.unexpected) == ({"norm.weight"}, {"extra"})
     assert error.value.shapes["head.bias"] == ((7,), (4,))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "remedy"),
+    [
+        ({"depths": (1, 2, 1, 1)}, "pass --model_kwargs depths=1,2,1,1"),
+        ({"num_classes": 7}, "pass --num_classes 7, or --finetune, which begins with a new classifier"),
+        ({"img_size": (96, 128)}, "pass --input_size 96, or --finetune, which resamples its position tables"),
+    ],
+)
+def test_command_lines_tell_the_remedy_as_options(arguments, remedy):
+    weights = nano(**arguments).state_dict()
+    with pytest.raises(WeightsMismatch) as error:
+        load_weights(nano(), weights, "x\n.pth")
+    assert (error.value.arguments, "--" in str(error.value)) == (arguments, False)
+    assert message_of(error.value).endswith(f": {remedy}")
+    assert message_of(error.value).startswith("x\\n.pth: checkpoint ")
+    load_weights(nano(**error.value.arguments), weights, "x.pth")
