@@ -31,7 +31,11 @@ def build_backbone(opts: Any) -> tuple[nn.Module, list[int], nn.Module]:
     try:
         check_arguments(opts.model, opts.model_kwargs)
         body = timm.create_model(
-            opts.model, features_only=True, drop_path_rate=opts.drop_path, pretrained=opts.load_release, **opts.model_kwargs
+            opts.model,
+            features_only=True,
+            drop_path_rate=opts.drop_path,
+            pretrained=opts.load_release,
+            **opts.model_kwargs,
         )
     except (TypeError, ValueError, RuntimeError, AttributeError) as error:
         raise UsageError(f"--model {opts.model} cannot be a backbone: {error}") from error
@@ -66,7 +70,8 @@ class DenseTask(Task):
 
     def load_pretrained(self, model: nn.Module, weights: dict[str, Tensor], trained: Sequence[str], path: Path) -> list:
         """Load a classification's weights into the backbone, or those of another dense model as far as they fit."""
-        prefix = next((each for each in ("backbone.", "backbone.body.") if f"{each}stages.0.0.norm1.weight" in weights), "")
+        places = ("backbone.body.", "backbone.")
+        prefix = next((each for each in places if f"{each}stages.0.0.norm1.weight" in weights), "")
         if prefix:
             weights = {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
         load_to_finetune(self.backbone, weights, path)
