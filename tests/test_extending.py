@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from support import command
 
 from models.attention_table import ATTENTIONS
 
@@ -34,3 +35,23 @@ def test_page_attention_trains_and_is_drawn(tmp_path, monkeypatch):
     with Image.open("token_attention.png") as picture:
         assert len(picture.getcolors(1 << 20)) > 100
     monkeypatch.delitem(ATTENTIONS, "row")
+
+
+def test_page_data_set_reads_classes_from_names(tmp_path):
+    (definition,) = code_of("A new data set")
+    names = {}
+    exec(compile(definition, PAGE.name, "exec"), names)
+    for name in ("dog_1.png", "cat_1.png", "dog_2.png"):
+        Image.new("RGB", (4, 4)).save(tmp_path / name)
+    found = names["by_prefix"](tmp_path)
+    assert found.classes == ["cat", "dog"]
+    assert [found[number][1] for number in range(3)] == [0, 1, 1]
+
+
+def test_page_task_trains(tmp_path):
+    (program,) = code_of("A new task")
+    (tmp_path / "brightness.py").write_text(program)
+    done = command("brightness.py", cwd=tmp_path, PYTHONPATH=str(PAGE.parent.parent))
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.splitlines()[-1]) > 80
+    assert (tmp_path / "bright" / "best.pth").is_file()
