@@ -210,7 +210,7 @@ def test_a_model_without_drop_path_is_refused_only_if_it_was_asked_for(capsys):
 )
 def test_an_unknown_argument_of_the_model_is_named_with_the_closest(model, close):
     message = complaint(main.build_model, Options(model=model, drop_path=0.0, model_kwargs={"nwin": 5}), 10)
-    assert message.startswith(f"--model_kwargs nwin: {model} does not know it; ")
+    assert message.startswith(f"--model_kwargs: {model}: it takes no argument nwin; ")
     assert close is None or message.endswith(f"did you mean {close}?")
 
 
