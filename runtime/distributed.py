@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from runtime.errors import Stopped, TemporaryFailure
+from runtime.preemption import PreemptionHandler
 
 SECONDS_OF_SILENCE = 60
 
@@ -94,7 +95,8 @@ def process_group(info: DistInfo, device: torch.device, dist_url: str, timeout: 
         # A process that died takes its peers' collective operations down. It has its traceback printed, and the
         # launcher ends the others soon: they keep quiet until then.
         if isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL", "Connection")):
-            time.sleep(20)
+            handler = PreemptionHandler.current
+            time.sleep(20) if handler is None else handler.wait_to_be_ended(20)
         raise
     dist.destroy_process_group()
 

@@ -38,6 +38,9 @@ def build_model(options: ModelOptions, num_classes: int) -> nn.Module:
 def _create_model(options: ModelOptions, arguments: dict[str, Any]) -> nn.Module:
     try:
         check_arguments(options.model, options.model_kwargs)
+    except ValueError as error:
+        raise UsageError(f"--model_kwargs: {options.model}: {error}") from error
+    try:
         return timm.create_model(options.model, **arguments)
     except TypeError as error:
         # A rate that nobody has to have asked for is no reason to refuse a model.

@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from enum import IntEnum
@@ -180,6 +181,14 @@ class PreemptionHandler:
         number = torch.tensor(int(wish))
         self._pending = number, dist.all_reduce(number, dist.ReduceOp.MAX, group=self._group, async_op=True)
         return answer
+
+    def wait_to_be_ended(self, seconds: float) -> None:
+        """Wait for the launcher to end this process, as it does when another one has failed: then leave with 1."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if self.signals and self._watched is None:  # where a thread watches, it ends the process
+                sys.exit(1)
+            time.sleep(0.1)
 
     def barrier(self) -> None:
         """Wait for all processes, however long the main one takes to write its checkpoint."""

@@ -50,12 +50,12 @@ def source_files() -> list[Path]:
     return sorted(path for path in files if path.parts[0] not in NOT_SOURCE and "site-packages" not in path.parts)
 
 
-def imported_modules(path: Path, text: str) -> Iterator[str]:
+def imported_modules(path: Path, tree: ast.AST) -> Iterator[str]:
     """Full names of the modules that a file imports anywhere, also inside functions; relative ones resolved.
 
     `from a import b` gives a and a.b, which may be a module or not.
     """
-    for node in ast.walk(ast.parse(text)):
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -66,7 +66,7 @@ def imported_modules(path: Path, text: str) -> Iterator[str]:
 
 
 FILES = source_files()
-IMPORTS = {path: set(imported_modules(path, (ROOT / path).read_text())) for path in FILES}
+IMPORTS = {path: set(imported_modules(path, ast.parse((ROOT / path).read_text()))) for path in FILES}
 
 
 def top_of(path: Path) -> str:
@@ -88,7 +88,7 @@ def module_name(path: Path) -> str:
 
 def test_imports_are_read_as_python_resolves_them():
     text = "import a.b, c as d\nfrom . import e\nfrom .f import g\nfrom ..h import i\ndef f():\n    from j.k import l\n"
-    found = set(imported_modules(Path("top/inner/file.py"), text))
+    found = set(imported_modules(Path("top/inner/file.py"), ast.parse(text)))
     assert found == {"a.b", "c", "top.inner", "top.inner.e", "top.inner.f", "top.inner.f.g"} | {
         *("top.h", "top.h.i", "j.k", "j.k.l")
     }
@@ -126,9 +126,17 @@ def test_files_and_functions_are_short_and_public_functions_typed(path):
             assert node.end_lineno - node.lineno < 60, node.name
 
 
+class NotRun(ast.NodeTransformer):
+    """Leaves out what is imported for annotations alone."""
+
+    def visit_If(self, node: ast.If) -> ast.AST:
+        return ast.Pass() if ast.unparse(node.test) == "TYPE_CHECKING" else node
+
+
 def test_no_module_imports_itself_by_way_of_others():
     modules = {module_name(path): path for path in FILES}
-    graph = {name: IMPORTS[path] & modules.keys() - {name} for name, path in modules.items()}
+    trees = {name: NotRun().visit(ast.parse((ROOT / path).read_text())) for name, path in modules.items()}
+    graph = {name: set(imported_modules(path, trees[name])) & modules.keys() - {name} for name, path in modules.items()}
     packages = {name for name, path in modules.items() if path.name == "__init__.py"}
     for name in graph:  # `from .a import b` names the package itself, too, which is being imported anyway
         graph[name] -= {package for package in packages if name.startswith(f"{package}.")}

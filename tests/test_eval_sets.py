@@ -73,7 +73,7 @@ def test_sketch_has_folders_of_synsets(tmp_path, accuracy, capsys):
 @pytest.mark.parametrize("name", ["a", "r"])
 def test_a_and_r_seek_the_answer_among_their_200_classes(tmp_path, accuracy, name):
     shared = str(folders(tmp_path / "one", {"n01498041": 1}))
-    inside = open_eval_set(Options(eval_set=name, data_path=shared)).among
+    inside = open_eval_set(Options(eval_set=name, data_path=shared)).class_subset
     assert len(set(inside)) == 200
     outside = [number for number in range(1000) if number not in inside][:10]
     first, second = inside[:2]
@@ -84,7 +84,7 @@ def test_a_and_r_seek_the_answer_among_their_200_classes(tmp_path, accuracy, nam
 
 def test_a_and_r_are_not_the_same_classes(tmp_path):
     shared = str(folders(tmp_path / "one", {"n01498041": 1}))
-    a, r = (open_eval_set(Options(eval_set=name, data_path=shared)).among for name in ("a", "r"))
+    a, r = (open_eval_set(Options(eval_set=name, data_path=shared)).class_subset for name in ("a", "r"))
     assert set(a) != set(r)
 
 

@@ -23,12 +23,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import engine
 import main
 from models import DeBiFormer
+from models.pixels import Pixels
 from models.weights import load_checkpoint
 from runtime.checkpoint import BEST, LAST
 from runtime.distributed import DistInfo
 from runtime.errors import NonFiniteLoss, Stopped, UsageError
 from runtime.lock import lock, unlock
 from runtime.preemption import Request, handle_signals
+from tasks.classification.teacher import build_teacher
 
 TIMINGS = ("seconds",)
 
@@ -277,7 +279,7 @@ def test_a_teacher_has_to_know_the_classes(small_options, monkeypatch):
 
     monkeypatch.setattr(timm, "create_model", offline)
     with pytest.raises(UsageError, match=r"cannot be had \(Max retries exceeded\); pass --teacher_path"):
-        main.build_teacher(options, 4, torch.device("cpu"))
+        build_teacher(options, 4, Pixels(), torch.device("cpu"))
 
 
 def test_compiled_training_agrees(small_options, monkeypatch):

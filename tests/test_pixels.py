@@ -14,6 +14,7 @@ import main
 import models
 from models.pixels import Pixels, Teacher, denormalize, normalize, pixels_of
 from runtime.checkpoint import LAST
+from tasks.classification.teacher import build_teacher
 from tasks.classification.transforms import eval_transform, pixels_for
 from tasks.options import parse_args
 from tools.loading import load_model
@@ -102,7 +103,7 @@ def test_teacher_is_given_images_of_its_own_statistics(white, tmp_path):
             *("--teacher_path", str(tmp_path / "teacher.pth"), "--data_path", str(white)),
         ]
     )
-    teacher = main.build_teacher(options, 4, torch.device("cpu"))
+    teacher = build_teacher(options, 4, pixels_for(options), torch.device("cpu"))
     images = torch.randint(256, (2, 3, 8, 8), dtype=torch.uint8)
     logits = teacher(normalize(images, Pixels()))
     expected = normalize(images, Pixels(mean=(0.5,) * 3, std=(0.5,) * 3))

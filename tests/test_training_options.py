@@ -17,6 +17,7 @@ from optim_factory import build_ema, build_optimizer, build_scheduler, check_tra
 from runtime.checkpoint import BEST, LAST
 from runtime.distributed import DistInfo
 from runtime.meters import LossMeter
+from runtime.model import build_model
 from tasks.classification.task import Classification
 from tasks.options import Options, load_recipe, parse_args
 
@@ -192,17 +193,17 @@ def test_drop_path_is_what_was_given_0_included(rate):
     with torch.device("meta"):
         assert max(drop_rates(timm.create_model("debiformer_small"))) == pytest.approx(0.3)
         assert max(
-            drop_rates(main.build_model(Options(model="debiformer_small", drop_path=rate), 10))
+            drop_rates(build_model(Options(model="debiformer_small", drop_path=rate), 10))
         ) == pytest.approx(rate)
 
 
 def test_a_model_without_drop_path_is_refused_only_if_it_was_asked_for(capsys):
     with torch.device("meta"):
-        assert isinstance(main.build_model(Options(model="vgg11"), 10), timm.models.VGG)
+        assert isinstance(build_model(Options(model="vgg11"), 10), timm.models.VGG)
         assert "vgg11 has no stochastic depth: --drop_path 0.1 has no effect" in capsys.readouterr().err
-        main.build_model(Options(model="vgg11", drop_path=0.0), 10)
+        build_model(Options(model="vgg11", drop_path=0.0), 10)
         assert capsys.readouterr().err == ""
-        message = complaint(main.build_model, Options(model="vgg11", drop_path=0.3), 10)
+        message = complaint(build_model, Options(model="vgg11", drop_path=0.3), 10)
     assert message == "--drop_path 0.3: vgg11 has no stochastic depth; leave the option out"
 
 
@@ -210,8 +211,8 @@ def test_a_model_without_drop_path_is_refused_only_if_it_was_asked_for(capsys):
     ("model", "close"), [("debiformer_nano", "n_win"), ("biformer_tiny", "n_win"), ("hrnet_w18", None)]
 )
 def test_an_unknown_argument_of_the_model_is_named_with_the_closest(model, close):
-    message = complaint(main.build_model, Options(model=model, drop_path=0.0, model_kwargs={"nwin": 5}), 10)
-    assert message.startswith(f"--model_kwargs nwin: {model} does not know it; ")
+    message = complaint(build_model, Options(model=model, drop_path=0.0, model_kwargs={"nwin": 5}), 10)
+    assert message.startswith(f"--model_kwargs: {model}: it takes no argument nwin; ")
     assert close is None or message.endswith(f"did you mean {close}?")
 
 

@@ -113,6 +113,8 @@ class Classification(Task):
     # -- model
 
     def build_model(self) -> nn.Module:
+        if not self.opts.eval:
+            _ = self.criterion  # a teacher that cannot be had is told before training begins
         return build_model(self.opts, self.num_classes)
 
     def load_pretrained(self, model: nn.Module, weights: dict[str, Tensor], trained: Sequence[str], path: Path) -> list:

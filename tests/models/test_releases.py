@@ -41,9 +41,9 @@ def from_run(monkeypatch, small_options):
         seen = []
         evaluate = main.evaluate
 
-        def watched(model, *args, **kwargs):
+        def watched(task, model, *args, **kwargs):
             seen.append(model)
-            return evaluate(model, *args, **kwargs)
+            return evaluate(task, model, *args, **kwargs)
 
         monkeypatch.setattr(main, "evaluate", watched)
         options = small_options("--eval", "--load_release", "--input_size", "64", *argv)

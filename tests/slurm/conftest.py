@@ -12,6 +12,7 @@ from slurm.local_cluster import INSTALL, LocalCluster, missing_programs
 HERE = Path(__file__).parent
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:

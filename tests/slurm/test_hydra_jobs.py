@@ -156,7 +156,8 @@ def test_after_the_last_requeue_the_checkpoint_stands_and_the_log_says_how_to_go
     job._interrupt(timeout=True)
     with pytest.raises(submitit.core.utils.UncompletedJobError, match="timed-out too many times"):
         job.results()
-    assert f"output_dir {tmp_path}/run" in job.paths.stderr.read_text()
+    told = job.paths.stderr.read_text()
+    assert f"To go on, with the same launcher: python main.py --recipe {tmp_path}/run/options.yaml" in told
     assert load_checkpoint(tmp_path / "run" / LAST)["position"] > 0
     submit().results()  # the same command
     assert_same_run(undisturbed, tmp_path / "run")

@@ -221,7 +221,7 @@ def test_mistakes_become_a_sentence_and_the_page_goes_on(visit, tmp_path):
     page, shown = one.page, one.panels()
     for path, words in (
         (write_text(tmp_path / "notes.txt"), "notes.txt is no image"),
-        (write_huge(tmp_path / "huge.png"), "too many pixels"),
+        (write_huge(tmp_path / "huge.png"), "has more than 100,000,000 pixels"),
     ):
         page.set_input_files("#upload input[type=file]", path)
         page.wait_for_selector(f"#message [role=alert]:has-text('{words}')")
