@@ -9,6 +9,7 @@ import gradio as gr
 from starlette.middleware import Middleware
 
 import models
+from models.weights import WeightsError
 from runtime.errors import UsageError
 
 from . import session
@@ -193,7 +194,7 @@ class Page:
         try:
             changed = change(desk)
             found = session.answer(changed.photo, changed.choice)
-        except UsageError as error:
+        except (UsageError, WeightsError) as error:
             updates = {
                 self.message: gr.update(value=_alarm("", str(error)), visible=True),
                 self.upload: None,

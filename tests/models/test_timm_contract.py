@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import models
 from models import BiFormer, BiFormerSTL, DeBiFormer, MaxViTSTL
 from models.deformable_attention import DeformableAgentAttention
-from models.stl import RelativePositionBias
+from models.partition_attention import RelativePositionBias
 from models.weights import checkpoint_filter_fn
 
 ALIASES = {"debi_tiny": "debiformer_tiny", "debi_small": "debiformer_small", "debi_base": "debiformer_base"}

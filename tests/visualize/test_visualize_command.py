@@ -11,9 +11,10 @@ import timm
 import torch
 from awkward_images import ACCEPTED, REFUSED, gradient
 from PIL import Image
-from support import command
+from support import command, complaint
 
 import models  # noqa: F401
+from models.weights import WeightsError
 from runtime.errors import UsageError, exit_on_error
 from visualize.__main__ import main
 from visualize.report import UNTRAINED, Picture, Section, report_html
@@ -160,15 +161,13 @@ def test_mistakes_get_a_sentence(trained, photo, tmp_path, capsys, argv, words):
     ],
 )
 def test_models_that_cannot_be_shown(photo, tmp_path, argv, words):
-    with pytest.raises(UsageError) as caught:
-        main([str(photo), "--output", str(tmp_path / "out"), *argv])
-    assert words in str(caught.value)
+    assert words in complaint(main, [str(photo), "--output", str(tmp_path / "out"), *argv])
 
 
 def test_a_foreign_state_dict_is_refused(photo, tmp_path):
     model = timm.create_model("biformer_tiny", depths=(1, 1, 1, 1))
     torch.save(model.state_dict(), tmp_path / "other.pth")
-    with pytest.raises(UsageError, match="is of another model"):
+    with pytest.raises(WeightsError, match="is of another model"):
         main([str(photo), "--model", "debiformer_tiny", "--checkpoint", str(tmp_path / "other.pth"), "--output", "x"])
 
 
