@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from . import ops
 from .attention import BiLevelRoutingAttention, FullAttention, Router, check_heads
-from .backbone import RELEASE, Backbone, build_variant, check_per_stage, default_cfg
+from .backbone import Backbone, build_variant, check_per_stage, default_cfg
 from .layers import DepthwiseConv, Downsampling, MapLinear, PointwiseConv, init_linear, to_nchw, to_nhwc
+from .weights.releases import RELEASES
 
 
 class PooledRouter(Router):
@@ -298,8 +299,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 default_cfgs = generate_default_cfgs(
     {
-        "biformer_stl.in1k": default_cfg(url=RELEASE + "biformer_stl", paper_ids="arXiv:2303.08810"),
-        "biformer_stl_nchw.in1k": default_cfg(url=RELEASE + "biformer_stl_nchw", paper_ids="arXiv:2303.08810"),
+        "biformer_stl.in1k": default_cfg(url=RELEASES["biformer_stl"].url, paper_ids="arXiv:2303.08810"),
+        "biformer_stl_nchw.in1k": default_cfg(url=RELEASES["biformer_stl_nchw"].url, paper_ids="arXiv:2303.08810"),
         "maxvit_stl.untrained": default_cfg(paper_ids="arXiv:2204.01697"),
     }
 )
