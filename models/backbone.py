@@ -17,9 +17,7 @@ from torch import Tensor, nn
 
 from .layers import Downsampling
 from .weights import checkpoint_filter_fn, load_checkpoint, load_to_finetune, weights_of
-
-RELEASE = "release:"
-"""How the url of a variant begins whose weights weights/releases.py finds; the variant's name follows."""
+from .weights.releases import RELEASES, find_release
 
 STRIDES = (4, 8, 16, 32)
 POSITION_TABLES = ("rpe_table", "relative_position_bias_table")
@@ -283,10 +281,9 @@ def build_variant(model_class: type[Backbone], variant: str, pretrained: bool, *
     """timm's builder with what all families share. `pretrained` takes the release unless another source is given."""
     if pretrained:
         cfg = resolve_pretrained_cfg(variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"))
-        if (cfg.url or "").startswith(RELEASE) and not (cfg.source or cfg.state_dict or cfg.file or cfg.hf_hub_id):
-            from .weights.releases import find_release  # what downloads takes long to import
-
-            found = {"file": str(find_release(cfg.url.removeprefix(RELEASE))), "custom_load": True}
+        published = variant in RELEASES and cfg.url == RELEASES[variant].url
+        if published and not (cfg.source or cfg.state_dict or cfg.file or cfg.hf_hub_id):
+            found = {"file": str(find_release(variant)), "custom_load": True}
             kwargs["pretrained_cfg_overlay"] = {**(kwargs.get("pretrained_cfg_overlay") or {}), **found}
     return build_model_with_cfg(
         model_class,
@@ -299,7 +296,10 @@ def build_variant(model_class: type[Backbone], variant: str, pretrained: bool, *
 
 
 def default_cfg(**overrides: Any) -> dict[str, Any]:
-    """timm's description of how a model wants its images, and where its first and last layers are."""
+    """timm's description of how a model wants its images, and where its first and last layers are.
+
+    url: where the authors put its weights; timm's own loader does not know such places, `build_variant` does.
+    """
     return {
         "url": "",
         "num_classes": 1000,

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from .attention import BiLevelRoutingAttention, FullAttention
 from .attention_table import PerStage, build_attention, per_stage, window_strides
-from .backbone import RELEASE, Backbone, build_variant, check_per_stage, default_cfg
+from .backbone import Backbone, build_variant, check_per_stage, default_cfg
 from .layers import MapLinear, ResidualDepthwiseConv, init_linear, to_nchw, to_nhwc
+from .weights.releases import RELEASES
 
 
 class BiFormerBlock(nn.Module):
@@ -82,7 +83,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 default_cfgs = generate_default_cfgs(
-    {f"{variant}.in1k": default_cfg(url=RELEASE + variant, paper_ids="arXiv:2303.08810") for variant in VARIANTS}
+    {f"{variant}.in1k": default_cfg(url=RELEASES[variant].url, paper_ids="arXiv:2303.08810") for variant in VARIANTS}
 )
 
 

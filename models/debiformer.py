@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from .attention import BiLevelRoutingAttention
 from .attention_table import AttentionLayer, PerStage, build_attention, per_stage, window_strides
-from .backbone import RELEASE, Backbone, build_variant, check_per_stage, default_cfg, stage_sides
+from .backbone import Backbone, build_variant, check_per_stage, default_cfg, stage_sides
 from .deformable_attention import DeformableAgentAttention
 from .layers import ConvMlp, ResidualDepthwiseConv, to_nchw, to_nhwc
+from .weights.releases import RELEASES
 
 
 class DeBiFormerBlock(nn.Module):
@@ -152,9 +153,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
 _cfg = partial(default_cfg, paper_ids="arXiv:2410.08582")
 default_cfgs = generate_default_cfgs(
     {
-        "debiformer_tiny.in1k": _cfg(url=RELEASE + "debiformer_tiny"),
-        "debiformer_small.in1k": _cfg(url=RELEASE + "debiformer_small"),
-        "debiformer_base.in1k": _cfg(url=RELEASE + "debiformer_base"),
+        "debiformer_tiny.in1k": _cfg(url=RELEASES["debiformer_tiny"].url),
+        "debiformer_small.in1k": _cfg(url=RELEASES["debiformer_small"].url),
+        "debiformer_base.in1k": _cfg(url=RELEASES["debiformer_base"].url),
         "debiformer_nano.untrained": _cfg(input_size=(3, 64, 64), pool_size=(2, 2)),
     }
 )

@@ -19,9 +19,10 @@ from . import ops
 from .attention import BiLevelRoutingAttention, FullAttention, Router, check_heads
 from .attention_maps import RoutedMaps, one_image
 from .attention_table import PerStage, build_attention, per_stage, register_attention, window_strides
-from .backbone import RELEASE, Backbone, build_variant, check_per_stage, default_cfg
+from .backbone import Backbone, build_variant, check_per_stage, default_cfg
 from .layers import DepthwiseConv, Downsampling, MapLinear, PointwiseConv, init_linear, to_nchw, to_nhwc
 from .partition_attention import PartitionAttention
+from .weights.releases import RELEASES
 
 
 class PooledRouter(Router):
@@ -258,8 +259,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 default_cfgs = generate_default_cfgs(
     {
-        "biformer_stl.in1k": default_cfg(url=RELEASE + "biformer_stl", paper_ids="arXiv:2303.08810"),
-        "biformer_stl_nchw.in1k": default_cfg(url=RELEASE + "biformer_stl_nchw", paper_ids="arXiv:2303.08810"),
+        "biformer_stl.in1k": default_cfg(url=RELEASES["biformer_stl"].url, paper_ids="arXiv:2303.08810"),
+        "biformer_stl_nchw.in1k": default_cfg(url=RELEASES["biformer_stl_nchw"].url, paper_ids="arXiv:2303.08810"),
         "maxvit_stl.untrained": default_cfg(paper_ids="arXiv:2204.01697"),
     }
 )

@@ -74,7 +74,7 @@ def cached(tmp_path):
 
 def from_timm():
     return timm.create_model(
-        NANO, pretrained=True, pretrained_cfg_overlay={"url": f"release:{NANO}", "num_classes": 4}
+        NANO, pretrained=True, pretrained_cfg_overlay={"url": RELEASES[NANO].url, "num_classes": 4}
     ).eval()
 
 

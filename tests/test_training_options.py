@@ -192,9 +192,9 @@ def drop_rates(model):
 def test_drop_path_is_what_was_given_0_included(rate):
     with torch.device("meta"):
         assert max(drop_rates(timm.create_model("debiformer_small"))) == pytest.approx(0.3)
-        assert max(
-            drop_rates(build_model(Options(model="debiformer_small", drop_path=rate), 10))
-        ) == pytest.approx(rate)
+        assert max(drop_rates(build_model(Options(model="debiformer_small", drop_path=rate), 10))) == pytest.approx(
+            rate
+        )
 
 
 def test_a_model_without_drop_path_is_refused_only_if_it_was_asked_for(capsys):

@@ -19,11 +19,8 @@ from typing import Protocol
 from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
-import gdown
-import requests
 import torch
 from filelock import FileLock
-from gdown.exceptions import DownloadCancelled, DownloadError, FileURLRetrievalError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
@@ -68,6 +65,11 @@ class Release:
     alias: str = ""
     licence: str | None = None
     sha256: str | None = None
+
+    @property
+    def url(self) -> str:
+        """The page that a browser shows."""
+        return str(self.source)
 
     def names(self, name: str, suffix: str) -> bool:
         """Whether a file or repository of this name is this model's: its name or alias, perhaps more, then `suffix`.
@@ -145,6 +147,8 @@ class DriveFolder:
 
     def fetch(self, release: Release, folder: Path) -> Path:
         with _reasons("Google Drive"):
+            import gdown
+
             files = gdown.download_folder(
                 id=self.id, skip_download=True, quiet=True, use_cookies=False, timeout=TIMEOUT
             )
@@ -229,6 +233,8 @@ def _download(url: str, path: Path, source: str, sized: bool = True) -> Path:
     options = {"quiet": not sys.stderr.isatty(), "use_cookies": False, "timeout": TIMEOUT, "retries": RETRIES}
     try:
         with _reasons(source):
+            import gdown
+
             gdown.download(url, str(path), progress=check_size, cancel=late, **options)
     finally:
         timer.cancel()
@@ -257,7 +263,12 @@ def _within_time(fetch: Callable[[], Path]) -> Path:
 
 @contextlib.contextmanager
 def _reasons(source: str) -> Iterator[None]:
-    """Turns what gdown raises into Unavailable with the reason; a full disk stays an OSError."""
+    """Turns what gdown raises, or that it is not there, into Unavailable; a full disk stays an OSError."""
+    try:
+        import requests
+        from gdown.exceptions import DownloadCancelled, DownloadError, FileURLRetrievalError
+    except ImportError as error:
+        raise Unavailable(f"{source} is asked with gdown, which is missing; pip install 'gdown>=6.5'") from error
     try:
         yield
     except Unavailable:

@@ -143,3 +143,23 @@ def test_hub_and_installed_models_of_one_version_are_one(python, tmp_path):
     assert run(python, tmp_path, HUB + same) == ""
     other = run(python, tmp_path, f"import debiformer\ndebiformer.__version__ = '0'\n{HUB}")
     assert other.startswith(f"ImportError: debiformer {__version__} is to be loaded, but another one")
+
+
+def test_published_weights_in_a_folder_need_no_gdown_and_downloads_say_that_they_do(python, tmp_path):
+    find = f"""
+import sys, timm, torch
+sys.modules["gdown"] = None  # as where it is not installed
+import debiformer
+from debiformer.weights import WeightsError
+torch.save(timm.create_model("biformer_tiny").state_dict(), "biformer_tiny.pth")
+import os
+os.environ["DEBIFORMER_HOME"] = "cache"
+try:
+    timm.create_model("debiformer_tiny", pretrained=True)
+except WeightsError as error:
+    assert "gdown, which is missing; pip install" in str(error), error
+    assert "python -m debiformer.releases add FILE" in str(error), error
+os.environ["DEBIFORMER_RELEASES"] = {str(tmp_path)!r}
+timm.create_model("biformer_tiny", pretrained=True)
+"""
+    assert run(python, tmp_path, find) == ""

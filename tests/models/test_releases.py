@@ -73,7 +73,7 @@ def test_timm_knows_which_models_have_weights():
     ours = {name for name in models.MODEL_NAMES if timm.is_model_pretrained(name)}
     assert ours == RELEASES.keys() & set(models.MODEL_NAMES)
     for name in ours:
-        assert timm.get_pretrained_cfg(name).url == f"release:{name}"
+        assert timm.get_pretrained_cfg(name).url == RELEASES[name].url
 
 
 @pytest.mark.parametrize(
