@@ -462,7 +462,7 @@ def test_under_nohup_a_closed_terminal_changes_nothing():
         (["--eval", "--resume", __file__], ["test_main.py is not a checkpoint"]),
         (["--device", "gpu"], ["--device 'gpu'"]),
         (["--output_dir", "/proc/run"], ["cannot write to /proc/run"]),
-        (["--opt", "adamx"], ["--opt adamx"]),
+        (["--opt", "adamx"], ["unknown --opt 'adamx'", "did you mean --opt ada"]),
         (["--sched", "sine"], ["--sched"]),
         (["--load_release", "--eval"], ["no released weights of debiformer_nano are known"]),
         (["--load_release", "--resume", "a.pth"], ["--resume and --load_release", "leave one out"]),

@@ -9,7 +9,7 @@ import torch
 from support import CLASSES, command
 from timm.data import ImageNetInfo
 
-from models.weights import load_checkpoint
+from models.weights import WeightsError, load_checkpoint
 from runtime.errors import UsageError
 from tools import predict
 from tools.loading import UNTRAINED, load_model
@@ -134,7 +134,7 @@ def test_averaged_weights(checkpoint, tmp_path):
 )
 def test_bad_input_is_refused_in_one_line(checkpoint, images_by_class, capsys, argv, words):
     filled = [word.format(image=images_by_class["cat"], checkpoint=checkpoint) for word in argv]
-    with pytest.raises((UsageError, SystemExit)) as stop:
+    with pytest.raises((UsageError, WeightsError, SystemExit)) as stop:
         predict.main(filled)
     if isinstance(stop.value, SystemExit):
         assert stop.value.code == 2
