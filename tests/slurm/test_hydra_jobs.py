@@ -127,6 +127,7 @@ def run_out_of_time(cluster, job):
     job._interrupt(timeout=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("disturb", [requeue, preempt, run_out_of_time])
 def test_a_disturbed_job_goes_on_midway_the_epoch(cluster, submit, undisturbed, tmp_path, disturb):
     # In one case images are loaded in processes of their own, which get the signals, too.
@@ -141,6 +142,7 @@ def test_a_disturbed_job_goes_on_midway_the_epoch(cluster, submit, undisturbed, 
     assert_same_run(undisturbed, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_job_preempted_by_another_one_comes_back(cluster, submit, undisturbed, tmp_path):
     job = submit("slurm.partition=main")
     wait_for_line(job, r"epoch 1/2  update 3/5")
@@ -150,6 +152,7 @@ def test_a_job_preempted_by_another_one_comes_back(cluster, submit, undisturbed,
     assert_same_run(undisturbed, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_after_the_last_requeue_the_checkpoint_stands_and_the_log_says_how_to_go_on(submit, undisturbed, tmp_path):
     job = submit("slurm.requeues=0", "slurm.timeout=0.1")  # so short that submitit takes any signal for a time-out
     wait_for_line(job, r"epoch 1/2  update 2/5")

@@ -39,6 +39,7 @@ def relative(actual, expected):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
 def test_onnx_gives_the_same_logits_for_any_batch_size(name, tmp_path):
     loaded = loaded_with_varied_weights(name, input_size=64)
