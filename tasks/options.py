@@ -130,10 +130,8 @@ def markdown_table() -> str:
     lines = ["# Options", "", "Written by `python -m tasks.options`. Hydra spells them the same way.", ""]
     for group in COMMON:
         lines += table_of(group)
-    for task in TASKS:
-        for group in find_task(task).options:
-            lines += table_of(group)
-    for group in (InertOptions, SlurmOptions):
+    groups = dict.fromkeys(group for task in TASKS for group in find_task(task).options)
+    for group in (*groups, InertOptions, SlurmOptions):
         lines += table_of(group)
     return "\n".join(lines)
 
