@@ -83,6 +83,19 @@ def test_a_dense_run_resumes_midway_and_evaluates_as_it_trained(options_for, mon
     assert figures["images"] == 3
 
 
+def test_a_run_counted_in_updates_resumes_midway(options_for, monkeypatch):
+    updates = ["--iterations", "6", "--eval_every", "3", "--warmup_updates", "2", "--sched", "poly"]
+    whole, stopped = (options_for("semantic_fpn", *updates, folder=folder) for folder in ("whole", "run"))
+    main.run(whole)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 5)
+        with pytest.raises(Stopped):
+            main.run(stopped)
+    main.run(stopped)
+    one, two = (load_checkpoint(main.Path(options.output_dir) / LAST)["model"] for options in (whole, stopped))
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+
+
 @pytest.mark.parametrize("extra", [["--test_mode", "slide"], ["--test_augment"]])
 def test_segmentation_evaluates_by_windows_and_over_scales(options_for, extra):
     figures = main.run(options_for("semantic_fpn", "--eval", *extra))
