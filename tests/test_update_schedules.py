@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from optim_factory import build_optimizer, build_scheduler
+from optim_factory import build_optimizer, build_scheduler, check_training, scaled_rate
 from runtime.distributed import DistInfo
+from runtime.options import RECIPES
 from runtime.samplers import TrainSampler
 from tasks.options import parse_args
 
@@ -87,3 +88,15 @@ def test_contradictions_of_updates_are_refused(capsys):
         with pytest.raises(SystemExit):
             parse_args(["--model", "debiformer_nano", *argv])
         assert words in capsys.readouterr().err
+
+
+def test_dense_recipes_are_valid_and_named_after_what_they_train():
+    recipes = sorted(path.stem for path in RECIPES.glob("*_*_*_*.yaml") if path.stem.endswith(("ade20k", "coco")))
+    assert len(recipes) == 12
+    for name in recipes:
+        options = parse_args(["--recipe", name, "--data_path", "somewhere"])
+        assert name.startswith(f"{options.model}_{options.head}")
+        assert options.batch_size * 8 == options.recipe_batch
+        rate = scaled_rate(options, options.recipe_batch)
+        assert rate == pytest.approx(6e-5 if options.head == "upernet" else 1e-4)
+        check_training(options, options.recipe_batch)
