@@ -73,6 +73,14 @@ def test_a_dense_run_resumes_midway_and_evaluates_as_it_trained(options_for, mon
     assert figures["images"] == 3
 
 
+@pytest.mark.parametrize("head", ["semantic_fpn", "retinanet", pytest.param("mask_rcnn", marks=slow)])
+def test_a_dense_run_trains_in_half_precision(options_for, head):
+    options = options_for(head, "--amp", "bf16", "--epochs", "1")
+    main.run(options)
+    log = json.loads((main.Path(options.output_dir) / "log.txt").read_text())
+    assert 0 < log["train_loss"] < 100
+
+
 def test_a_run_counted_in_updates_resumes_midway(options_for, monkeypatch):
     updates = ["--iterations", "6", "--eval_every", "3", "--warmup_updates", "2", "--sched", "poly"]
     whole, stopped = (options_for("semantic_fpn", *updates, folder=folder) for folder in ("whole", "run"))
