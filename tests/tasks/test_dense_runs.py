@@ -273,3 +273,63 @@ def test_labels_out_of_range_are_ignored(own_shapes, options_for):
 
 def test_log_attention_is_refused(own_shapes):
     assert "--log_attention is for classification" in refused("semantic_fpn", own_shapes, "--log_attention", "1")
+
+
+# -- figures and backbones
+
+
+def test_average_precision_is_that_of_pycocotools(options_for, shapes):
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    from tasks.detection.evaluator import STATS
+    from tasks.detection.task import Detection
+
+    task = Detection(options_for("mask_rcnn"))
+    _, val = task.sources()
+    evaluator, transform = task.evaluator(split=False), task.transform(train=False)
+    generator = torch.Generator().manual_seed(0)
+    for index in range(len(val)):
+        batch = task.collate([transform(val[index])])
+        (target,) = batch["targets"]
+        count = len(target["boxes"])
+        noise = torch.randn(count, 4, generator=generator)
+        labels = torch.where(torch.rand(count, generator=generator) < 0.8, target["labels"], 1)
+        scores = torch.rand(count, generator=generator)
+        masks = torch.rand(count, 1, 28, 28, generator=generator) * 0.3 + 0.4
+        boxes = torch.cat([target["boxes"], target["boxes"] + noise]).clamp(min=0)
+        found = {"boxes": boxes, "labels": labels.repeat(2), "scores": torch.cat([scores, scores / 2])}
+        evaluator.update([{**found, "masks": masks.repeat(2, 1, 1, 1)}], batch)
+    figures = evaluator.compute()
+    truth = COCO(str(val.file))
+    for kind, prefix in {"bbox": "AP_box", "segm": "AP_mask"}.items():
+        reference = COCOeval(truth, truth.loadRes(evaluator.found), kind)
+        reference.evaluate()
+        reference.accumulate()
+        reference.summarize()
+        for name, value in zip(STATS, reference.stats, strict=False):
+            if value >= 0:
+                assert figures[f"{prefix}{name}"] == pytest.approx(100 * value, abs=1e-6)
+    assert 0 < figures["AP_box"] < 100
+
+
+@pytest.mark.parametrize("model", ["resnet18", "debiformer_nano"])
+@pytest.mark.parametrize("head", ["semantic_fpn", "upernet", "retinanet"])
+def test_images_of_any_size_pass_through_any_backbone(options_for, model, head):
+    from tasks import find_task
+
+    kwargs = [] if model == "resnet18" else ["embed_dims=16,32,48,64", "depths=1,1,1,1"]
+    options = options_for(head, "--model", model, *(["--model_kwargs", *kwargs] if kwargs else []))
+    if not kwargs:
+        options.model_kwargs = {}
+    task = find_task(options.task)(options)
+    task.sources()
+    network = task.build_model().eval()
+    for height, width in ((33, 47), (1, 70), (65, 31)):
+        image = torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8)
+        batch = {"images": image, "labels": torch.zeros(1, 20, 30), "targets": []}
+        if head == "retinanet":
+            batch["images"] = list(image)
+        with torch.no_grad():
+            outputs = task.forward(network, task.preprocess(batch, train=False))
+        assert outputs[0]["boxes"].shape[1] == 4 if head == "retinanet" else outputs.shape == (1, 4, 20, 30)
