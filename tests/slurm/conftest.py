@@ -48,5 +48,6 @@ def _leave_no_job_behind(request: pytest.FixtureRequest) -> Iterator[None]:
 def short_root() -> Iterator[Path]:
     """A folder for a cluster that a test starts by itself."""
     root = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
+    root.chmod(0o755)  # munged refuses a socket below a closed folder
     yield root
     shutil.rmtree(root, ignore_errors=True)
