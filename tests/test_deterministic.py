@@ -17,7 +17,7 @@ class Settings(nn.Module):
 
     num_classes = 4
 
-    def __init__(self, broken: bool) -> None:
+    def __init__(self, broken: bool = False) -> None:
         super().__init__()
         self.head, self.broken = nn.Linear(3, 4), broken
 

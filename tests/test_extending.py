@@ -53,5 +53,5 @@ def test_page_task_trains(tmp_path):
     (tmp_path / "brightness.py").write_text(program)
     done = command("brightness.py", cwd=tmp_path, PYTHONPATH=str(PAGE.parent.parent))
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout.splitlines()[-1]) > 80
+    assert float(done.stdout.splitlines()[-1]) > 50
     assert (tmp_path / "bright" / "best.pth").is_file()
