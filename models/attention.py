@@ -34,9 +34,10 @@ class Router(nn.Module):
             raise ValueError(f"top-k must lie in 1..{n_win**2} ({n_win}x{n_win} windows), not {topk}")
         self.n_win, self.topk, self.scale = n_win, topk, scale
 
-    def forward(self, q_windows: Tensor, k_windows: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, P, w, C) windows -> logits (B, P, k) in descending order and window numbers (B, P, k), int64."""
-        return ops.route_windows(q_windows.mean(dim=2), k_windows.mean(dim=2), self.topk, self.scale)
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Two maps (B, H, W, C) -> logits (B, P, k) in descending order and window numbers (B, P, k), int64."""
+        q_windows, k_windows = ops.window_means(q, self.n_win), ops.window_means(k, self.n_win)
+        return ops.route_windows(q_windows, k_windows, self.topk, self.scale)
 
     def extra_repr(self) -> str:
         return f"n_win={self.n_win}, topk={self.topk}"
@@ -47,12 +48,8 @@ def attend_routed_windows(router: Router, q: Tensor, k: Tensor, v: Tensor, num_h
 
     q: (B, Hq, Wq, C); k, v: (B, H, W, C); all sides multiples of `router.n_win`. Returns (B, Hq, Wq, C).
     """
-    n_win = router.n_win
-    height, width = q.shape[1], q.shape[2]
-    q, k, v = ops.to_windows(q, n_win), ops.to_windows(k, n_win), ops.to_windows(v, n_win)
     _, idx = router(q, k)
-    out = ops.routed_attention(q, k, v, idx, num_heads, router.scale)
-    return ops.from_windows(out, n_win, height, width)
+    return ops.routed_attention(q, k, v, idx, router.n_win, num_heads, router.scale)
 
 
 class BiLevelRoutingAttention(nn.Module):

@@ -58,10 +58,9 @@ class PooledRoutingAttention(nn.Module):
         q, k, v = self.qkv_linear(x).chunk(3, dim=-1)
         _, idx = self.router(q, k, window)
         lepe = to_nhwc(self.lepe(to_nchw(v)))
-        q, k, v = (ops.to_windows(ops.pad_to_multiple(t, window), n_win) for t in (q, k, v))
-        out = ops.routed_attention(q, k, v, idx, self.num_heads, self.scale)
-        out = ops.from_windows(out, n_win, rows * window_h, columns * window_w)[:, :height, :width]
-        return self.output_linear(out + lepe)
+        q, k, v = (ops.pad_to_multiple(t, window) for t in (q, k, v))
+        out = ops.routed_attention(q, k, v, idx, n_win, self.num_heads, self.scale)
+        return self.output_linear(out[:, :height, :width] + lepe)
 
 
 class PartitionAttention(Attention2d):

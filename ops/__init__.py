@@ -9,7 +9,7 @@ import torch.fx
 from .deformable import agent_positions, deformable_attention, relative_position_bias, sample_agents
 from .pointwise import pointwise, residual_depthwise
 from .routed import route_windows, routed_attention
-from .windows import from_windows, pad_to_multiple, pool_windows, split_side, to_windows
+from .windows import from_windows, pad_to_multiple, pool_windows, split_side, to_windows, window_means
 
 __all__ = [
     "agent_positions",
@@ -25,6 +25,7 @@ __all__ = [
     "sample_agents",
     "split_side",
     "to_windows",
+    "window_means",
 ]
 
 for _name in __all__:
