@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import ops
 
-from .layers import QKV, DepthwiseConv, MapLinear, to_nchw, to_nhwc
+from .layers import QKV, DepthwiseConv, MapLinear
 
 
 def check_heads(dim: int, num_heads: int) -> None:
@@ -72,7 +72,7 @@ class BiLevelRoutingAttention(nn.Module):
         height, width = x.shape[1], x.shape[2]
         q, k, v = self.qkv(ops.pad_to_multiple(x, self.router.n_win))
         out = attend_routed_windows(self.router, q, k, v, self.num_heads)
-        out = self.wo(out + to_nhwc(self.lepe(to_nchw(v))))
+        out = self.wo(self.lepe(v, residual=out))
         return out[:, :height, :width]
 
 
@@ -94,8 +94,8 @@ class FullAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x)
-        lepe = to_nhwc(self.lepe(to_nchw(qkv.chunk(3, dim=-1)[2] if self.lepe_on_values else x)))
+        source = qkv.chunk(3, dim=-1)[2] if self.lepe_on_values else x
         qkv = qkv.flatten(1, 2).unflatten(-1, (3, self.num_heads, -1))  # (B, H*W, 3, m, C/m)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
-        return self.proj(out + lepe)
+        return self.proj(self.lepe(source, residual=out))

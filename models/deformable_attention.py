@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import ops
 
 from .attention import Router, attend_routed_windows, check_heads
-from .layers import QKV, ConvMlp, DepthwiseConv, PointwiseConv, to_nchw, to_nhwc
+from .layers import QKV, AddNorm, ConvMlp, DepthwiseConv, PointwiseConv, to_nchw, to_nhwc
 
 
 class _KeyedNorm(nn.Module):
@@ -81,9 +81,9 @@ class DeformableAgentAttention(nn.Module):
         self.router = Router(n_win, topk, self.scale)
         self.lepe1 = DepthwiseConv(dim, 5, agent_stride)
         self.unifyheads1 = PointwiseConv(dim, dim)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = AddNorm(dim, eps=1e-6)
         self.mlp = ConvMlp(dim, agent_mlp_ratio)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = AddNorm(dim, eps=1e-6)
         self.proj_k = PointwiseConv(dim, dim)
         self.proj_v = PointwiseConv(dim, dim)
         self.rpe_table = nn.Parameter(torch.empty(num_heads, 2 * rpe_size[0] - 1, 2 * rpe_size[1] - 1))
@@ -98,15 +98,14 @@ class DeformableAgentAttention(nn.Module):
 
         positions = ops.agent_positions(self.conv_offset_q(q))
         agents = ops.sample_agents(x, positions)
-        lepe = to_nhwc(self.lepe1(to_nchw(v)))
+        lepe = self.lepe1(v)
         # Agents added by padding are zeros at the map's centre and stay in the attention: released dense models
         # were trained with them.
         positions, agents, lepe = (ops.pad_to_multiple(t, n_win) for t in (positions, agents, lepe))
 
         read = attend_routed_windows(self.router, self.proj_q(agents), k, v, self.num_heads)
-        agents = agents + self.unifyheads1(read + lepe)
-        agents = agents + self.mlp(self.norm2(agents))
-        agents = self.norm(agents)
+        agents, normed = self.norm2(agents, self.unifyheads1(read + lepe))
+        _, agents = self.norm(agents, self.mlp(normed))
 
         keys, values = self.proj_k(agents), self.proj_v(agents)
         out = ops.deformable_attention(q, keys, values, self.rpe_table, positions, self.num_heads, self.scale)

@@ -20,7 +20,7 @@ import ops
 
 from .attention import BiLevelRoutingAttention, FullAttention, Router, check_heads
 from .backbone import RELEASE, Backbone, build_variant, check_per_stage, default_cfg
-from .layers import DepthwiseConv, Downsampling, MapLinear, PointwiseConv, init_linear, to_nchw, to_nhwc
+from .layers import AddNorm, DepthwiseConv, Downsampling, MapLinear, PointwiseConv, init_linear, to_nchw, to_nhwc
 
 
 class PooledRouter(Router):
@@ -57,7 +57,7 @@ class PooledRoutingAttention(nn.Module):
 
         q, k, v = self.qkv_linear(x).chunk(3, dim=-1)
         _, idx = self.router(q, k, window)
-        lepe = to_nhwc(self.lepe(to_nchw(v)))
+        lepe = self.lepe(v)
         q, k, v = (ops.pad_to_multiple(t, window) for t in (q, k, v))
         out = ops.routed_attention(q, k, v, idx, n_win, self.num_heads, self.scale)
         return self.output_linear(out[:, :height, :width] + lepe)
@@ -99,16 +99,16 @@ class STLBlock(nn.Module):
 
     def __init__(self, dim: int, attn: nn.Module, mlp: nn.Module, eps: float, drop_path: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.norm1 = AddNorm(dim, eps=eps)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.norm2 = AddNorm(dim, eps=eps)
         self.mlp = mlp
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = to_nhwc(x)
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        x, y = self.norm1(to_nhwc(x))
+        x, y = self.norm2(x, self.drop_path(self.attn(y)))
+        x = x + self.drop_path(self.mlp(y))
         return to_nchw(x)
 
 
