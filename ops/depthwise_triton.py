@@ -130,16 +130,14 @@ def _lines(arguments: dict[str, Any], block: Block) -> float:
     return arguments["rows_each"] * triton.cdiv(arguments["width"], block.m)
 
 
-_BLOCKS = [(16, 64, 4, 1), (16, 32, 2, 1), (16, 16, 1, 1)]
-_run_forward = Kernel(
-    _forward, _BLOCKS, lambda *_: 1, lambda block, size, _arguments: block.m < 2 * size[0] and block.n <= size[1]
-)
-_run_backward_weights = Kernel(
-    _backward_weights,
-    _BLOCKS,
-    _lines,
-    lambda block, size, _arguments: block.m < 2 * size[0] and block.n <= size[1],
-)
+def _fits(block: Block, size: tuple[int, int], arguments: dict[str, Any]) -> bool:
+    # Kernels of 5 x 5 taps leave two warps no registers for a wide tile.
+    return block.m < 2 * size[0] and block.n <= size[1] and (block.warps != 2 or arguments["KERNEL"] == 3)
+
+
+_BLOCKS = [(32, 64, 2, 1), (16, 64, 2, 1), (16, 64, 4, 1), (16, 16, 1, 1)]
+_run_forward = Kernel(_forward, _BLOCKS, lambda *_: 1, _fits)
+_run_backward_weights = Kernel(_backward_weights, _BLOCKS[2:], _lines, _fits)
 
 
 def _sizes(x: Tensor, kernel: int) -> dict[str, int]:
