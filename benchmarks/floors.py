@@ -176,7 +176,7 @@ def report(result: dict[str, Any]) -> str:
 
 
 def best_blocks(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, list[int]]]:
-    """Per kernel and size class the block without spills of the lowest sum of times, as in `models/ops/launches.json`."""
+    """Per kernel and size class the block without spills of the lowest sum of times, as the launcher's table has it."""
     times: dict[tuple[str, str], dict[tuple[int, ...], float]] = {}
     for row in rows:
         blocks = times.setdefault((row["kernel"], row["class"]), {})

@@ -76,20 +76,9 @@ def _forward(
         v = load_rows(v_ptr + image * v_image + first, agent * v_token, is_agent, channel, HEAD_DIM, BLOCK_D)
         begin, y, x = load_agents(begins_ptr, places_ptr, row, agent, all_agents)
         bias, _, _ = sample(
-            packed_ptr,
-            begin,
-            y,
-            x,
-            place,
-            width,
-            step_y,
-            step_x,
-            table_h,
-            table_w,
-            ON_CELLS,
-            AGENTS_FIRST=False,
-            type=type,
-        )
+            packed_ptr, begin, y, x, place, width, step_y, step_x, table_h, table_w,
+            ON_CELLS, AGENTS_FIRST=False, type=type,
+        )  # fmt: skip
         logits = dot(q, tl.trans(k), PRECISION) * (scale * LOG2E) + bias * LOG2E
         logits = tl.where(is_agent[None, :], logits, float("-inf"))
         largest, total, weights, shrink = softmax_step(logits, largest, total)
@@ -137,20 +126,9 @@ def _backward_q(
         v = load_rows(v_ptr + image * v_image + first, agent * v_token, is_agent, channel, HEAD_DIM, BLOCK_D)
         begin, y, x = load_agents(begins_ptr, places_ptr, row, agent, all_agents)
         bias, _, _ = sample(
-            packed_ptr,
-            begin,
-            y,
-            x,
-            place,
-            width,
-            step_y,
-            step_x,
-            table_h,
-            table_w,
-            ON_CELLS,
-            AGENTS_FIRST=False,
-            type=type,
-        )
+            packed_ptr, begin, y, x, place, width, step_y, step_x, table_h, table_w,
+            ON_CELLS, AGENTS_FIRST=False, type=type,
+        )  # fmt: skip
         logits = dot(q, tl.trans(k), PRECISION) * (scale * LOG2E) + bias * LOG2E
         weights = tl.exp2(logits - lse[:, None])  # of agents that do not exist too: their rows of k are zeros
         dlogits = weights * (dot(grad, tl.trans(v), PRECISION) - delta[:, None])

@@ -11,11 +11,9 @@ The table's gradient, from gradients of logits (I, m, n, pitch) of some images a
 
 _gather_on_cells  Where one token step is one table cell, an agent's gradients are one H x W block, which is added to
                   the table four times, shifted by a cell, by four weights. One program: ROWS x COLUMNS cells of one
-                  head's table and one share of the (image, agent) pairs; the four sums apart,
-                  (shares, 4, m, Th, Tw) in float32.
+                  head's table and one share of the (image, agent) pairs; four float32 sums (shares, 4, m, Th, Tw).
 _add_shifted      Adds up the shares, and the four sums by their shifts.
-_gather           At other sizes. Each cell asks which tokens read it, the inverse of sampling; sums
-                  (shares, m, Th, Tw).
+_gather           At other sizes. Each cell asks which tokens read it, inverting sampling; sums (shares, m, Th, Tw).
 
 Every sum has a fixed order: no atomics. Pairs that do not meet a program's cells are skipped.
 """
@@ -266,9 +264,8 @@ def _gather(
                     j = first_j + tap_x
                     share_x = tl.maximum(1.0 - tl.abs(j.to(tl.float32) * step_x + x - column), 0.0)
                     is_i, is_j = (i >= 0) & (i < height), (j >= 0) & (j < width)
-                    values = tl.load(
-                        dlogits + i[:, None] * width + j[None, :], mask=is_i[:, None] & is_j[None, :], other=0.0
-                    )
+                    tokens = i[:, None] * width + j[None, :]
+                    values = tl.load(dlogits + tokens, mask=is_i[:, None] & is_j[None, :], other=0.0)
                     total += share_y[:, None] * share_x[None, :] * values.to(tl.float32)
     at = ((share * num_heads + head).to(tl.int64) * table_h + row[:, None]) * table_w + column[None, :]
     tl.store(sums_ptr + at, total, mask=(row < table_h)[:, None] & (column < table_w)[None, :])
@@ -285,14 +282,9 @@ def _pairs(arguments: dict[str, Any], block: Block) -> float:
 
 _run_pack = Kernel(_pack, [(1024, 1, 4, 1), (256, 1, 4, 1), (16, 1, 1, 1)], lambda *_: 1)
 _run_gather_on_cells = Kernel(
-    _gather_on_cells,
-    [(16, 128, 4, 1), (16, 64, 2, 1), (16, 32, 1, 1), (32, 32, 2, 1), (16, 16, 1, 1)],
-    _pairs,
+    _gather_on_cells, [(16, 128, 4, 1), (16, 64, 2, 1), (16, 32, 1, 1), (32, 32, 2, 1), (16, 16, 1, 1)], _pairs
 )
-_run_add_shifted = Kernel(
-    *(_add_shifted, [(256, 1, 4, 1), (16, 1, 1, 1)]),
-    lambda arguments, _: arguments["shares"],
-)
+_run_add_shifted = Kernel(_add_shifted, [(256, 1, 4, 1), (16, 1, 1, 1)], lambda arguments, _: arguments["shares"])
 _run_gather = Kernel(
     _gather,
     [(8, 64, 4, 1), (8, 16, 1, 1)],
@@ -332,8 +324,8 @@ def add_table_gradient_(
     arguments |= {"first_image": part[0].start, "first_agent": part[1].start, "some_agents": agents}
     on_cells = geometry["ON_CELLS"]
     size = padded(table_h), padded(table_w)
-    columns = min(128, size[1]) if on_cells else 64
-    tiles = triton.cdiv(table_h, 16 if on_cells else 8) * triton.cdiv(table_w, columns)
+    tiles = triton.cdiv(table_h, 16 if on_cells else 8)
+    tiles *= triton.cdiv(table_w, min(128, size[1]) if on_cells else 64)
     shares = max(1, min(PROGRAMS // (tiles * num_heads), images * agents))
 
     def programs(block: Block) -> int:
