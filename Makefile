@@ -22,7 +22,7 @@ lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff format --check .
 
 docs: $(VENV)/installed  # what is generated from code
-	$(RUN) -m runtime.options > docs/OPTIONS.md
+	$(RUN) -m tasks.options > docs/OPTIONS.md
 	$(RUN) -m benchmarks.model_table --write README.md
 
 clean:

@@ -219,6 +219,7 @@ class Run:
             self.requests.begin_training(self.step.info)
             if not self.state.evaluated:
                 self.scheduler.step(self.state.epoch - 1)
+                self.scheduler.step_update(self.state.epoch * self.data.updates - 1)
                 self.finish_epoch(self.state.epoch - 1, time.monotonic())
             for epoch in range(self.state.epoch, self.epochs):
                 started = time.monotonic()
@@ -230,6 +231,7 @@ class Run:
         state, data = self.state, self.data
         self.scheduler.step(epoch)
         start = data.set_position(epoch, state.position)
+        self.scheduler.step_update(epoch * data.updates + start)
         if start == 0:
             state.meter.reset()
         self.progress.start_epoch(epoch, start)
@@ -251,6 +253,8 @@ class Run:
     def on_step(self, epoch: int, update: int, losses: dict[str, Tensor]) -> bool:
         """Tell the progress, and save if it is time or asked for. Returns whether to stop."""
         state, rate = self.state, self._rate()
+        if update + 1 < self.data.updates:
+            self.scheduler.step_update(epoch * self.data.updates + update + 1)
         if self.progress.due(update):
             info = self.step.info
             losses = {name: all_reduce_sum(part, info) / info.world_size for name, part in losses.items()}

@@ -198,7 +198,7 @@ def build_run(options: Options, step: TrainStep, state: TrainingState, data: Dat
     task = step.task
     return Run(
         step,
-        build_scheduler(step.optimizer, options),
+        build_scheduler(step.optimizer, options, options.epochs * data.updates),
         state,
         data,
         folder,

@@ -1,5 +1,6 @@
 """Optimizer, learning rate schedule, and average from their options; timm builds them."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -67,10 +68,20 @@ class ScheduleOptions:
         [30, 60], "epochs, counted from 1, at whose start the multistep schedule decays", above=0, ascending=True
     )
     warmup_epochs: int = option(5, "epochs of linear warm-up; fewer than `epochs`", at_least=0)
+    warmup_updates: int = option(
+        0, "updates of linear warm-up instead, each at its own rate; the last of them has the full one", at_least=0
+    )
     decay_rate: float = option(
         0.1, "factor of the step and multistep schedules, at most 1; power of the poly schedule", above=0, at_most=10
     )
 
+
+PER_UPDATE = {
+    "cosine": lambda progress, power: (1 + math.cos(math.pi * progress)) / 2,
+    "poly": lambda progress, power: (1 - progress) ** power,
+    "constant": lambda progress, power: 1.0,
+}
+"""How far above `min_lr` the rate is, from 1 to 0, at a part 0..1 of the updates after the warm-up."""
 
 LOWEST_RATE = ("cosine", "tanh", "poly", "wsd", "rsqrt")
 """The schedules that end at `min_lr`."""
@@ -81,6 +92,12 @@ def check_schedule(options: Any) -> None:
     epochs = options.epochs
     if options.eval:
         return
+    if options.warmup_epochs and (options.iterations or options.warmup_updates):
+        raise UsageError("--iterations and --warmup_updates count updates: set --warmup_epochs 0")
+    if options.iterations and options.sched not in PER_UPDATE:
+        raise UsageError(f"--iterations goes with --sched {', '.join(PER_UPDATE)}, not {options.sched}")
+    if options.iterations and options.warmup_updates >= options.iterations:
+        raise UsageError(f"--warmup_updates {options.warmup_updates} leaves nothing of --iterations to train")
     if 0 < options.warmup_epochs >= epochs:
         raise UsageError(
             f"--warmup_epochs {options.warmup_epochs} leaves nothing of --epochs {epochs} to train at the full rate; "
@@ -116,7 +133,7 @@ def check_training(options: Any, total_batch: int) -> None:
     meaning = f"the rate {rate:.3g} that --lr {options.lr} means for {total_batch} images per update"
     if options.sched in LOWEST_RATE and options.min_lr > rate:
         raise UsageError(f"--min_lr {options.min_lr} is above {meaning}; lower it, or raise --lr")
-    if options.warmup_epochs > 0 and options.warmup_lr > rate:
+    if (options.warmup_epochs or options.warmup_updates) and options.warmup_lr > rate:
         raise UsageError(f"--warmup_lr {options.warmup_lr} is above {meaning}; lower it, or raise --lr")
 
 
@@ -155,8 +172,43 @@ def _decaying_tables(options: Any) -> Callable[[nn.Module], list[dict[str, Any]]
     return lambda model: param_groups_layer_decay(model, options.weight_decay, layer_decay=options.layer_decay)
 
 
-def build_scheduler(optimizer: torch.optim.Optimizer, options: ScheduleOptions) -> Scheduler:
-    """The schedule, a function of the epoch alone; call `.step(epoch)` before training epoch `epoch`.
+class UpdateSchedule:
+    """A schedule that sets the rate of each update: warm-up, then an epoch's rate, or with --iterations its own curve.
+
+    The first update has `warmup_lr`, the last of the warm-up the full rate, the very last one `min_lr`.
+
+    scheduler: of epochs. updates: how many there are in all.
+    """
+
+    def __init__(self, scheduler: Scheduler, options: Any, updates: int) -> None:
+        self.scheduler, self.opts, self.updates = scheduler, options, updates
+        self.groups, self.rates = scheduler.optimizer.param_groups, []
+
+    def step(self, epoch: int) -> None:
+        """Begin an epoch."""
+        self.scheduler.step(epoch)
+        self.rates = [group["lr"] for group in self.groups]
+
+    def step_update(self, number: int) -> None:
+        """Set the rates of an update, from 0."""
+        opts, warmup = self.opts, self.opts.warmup_updates
+        for group, rate in zip(self.groups, self.rates, strict=True):
+            scale = group.get("lr_scale", 1.0)
+            if opts.iterations:
+                progress = max(number - warmup, 0) / max(self.updates - 1 - warmup, 1)
+                lowest = opts.min_lr if opts.sched in LOWEST_RATE else 0.0
+                above = PER_UPDATE[opts.sched](progress, opts.decay_rate)
+                rate = scale * (lowest + (group["initial_lr"] - lowest) * above)
+            if number < warmup:
+                first = scale * opts.warmup_lr
+                rate = first + (rate - first) * number / max(warmup - 1, 1)
+            group["lr"] = rate
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, options: Any, updates: int = 0) -> Scheduler | UpdateSchedule:
+    """The schedule; call `.step(epoch)` before training epoch `epoch` and `.step_update(number)` before each update.
+
+    It is a function of these two alone. updates: how many there are in all.
 
     The published scripts step after the epoch instead, which trains the first two epochs at the warm-up rate and
     every later one at its predecessor's.
@@ -165,7 +217,7 @@ def build_scheduler(optimizer: torch.optim.Optimizer, options: ScheduleOptions) 
         scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(options))
     except (AssertionError, ValueError) as error:
         raise UsageError(f"--sched {options.sched}: {error}") from error
-    return scheduler
+    return UpdateSchedule(scheduler, options, updates) if options.iterations or options.warmup_updates else scheduler
 
 
 def build_ema(model: nn.Module, options: ModelOptions) -> ModelEmaV3 | None:

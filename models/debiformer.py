@@ -112,7 +112,7 @@ class DeBiFormer(Backbone):
             depths=depths,
             n_win=n_win,
             grid_strides=[
-                window_strides(one, stride) + window_strides(other, stride)
+                tuple(dict.fromkeys(window_strides(one, stride) + window_strides(other, stride)))
                 for one, other, stride in zip(first, second, agent_strides, strict=True)
             ],
             **kwargs,

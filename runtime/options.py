@@ -131,6 +131,12 @@ class RunOptions:
     recipe: str = option("", "name of a YAML file under configs/recipe/ (or a path) whose values become the defaults")
     batch_size: int = option(64, "images per process and step; evaluation uses 1.5 times as many", at_least=1)
     epochs: int = option(300, "epochs to train", at_least=1)
+    iterations: int = option(
+        0, "train so many updates instead of --epochs, over one permutation of the images after another", at_least=0
+    )
+    eval_every: int = option(
+        0, "with --iterations: updates from one evaluation and checkpoint to the next, an epoch of its own", at_least=0
+    )
     seed: int = option(0, "fixes weights, data order and augmentation", at_least=0, at_most=2**32 - 1)
     deterministic: bool = option(
         False, "use only algorithms that give the same bits in every run, slower; an operation without one is an error"

@@ -33,12 +33,18 @@ class TrainSampler(Sampler):
     with the same total batch, any number of processes sees the same batches. `length` images are seen per epoch,
     a multiple of the total batch. With repeated augmentation an image comes three times in a row in the stream, and an
     epoch ends after as many images as the dataset has, rounded down to a multiple of 256 as published.
+
+    updates: batches per epoch; then the epochs are parts of one stream, permutation after permutation. None: an epoch
+    is one permutation.
     """
 
-    def __init__(self, size: int, total_batch: int, seed: int, repeats: int, processes: DistInfo) -> None:
+    def __init__(
+        self, size: int, total_batch: int, seed: int, repeats: int, processes: DistInfo, updates: int | None = None
+    ) -> None:
         self.size, self.seed, self.repeats = size, seed, repeats
         stream = size // 256 * 256 if repeats > 1 and size >= 256 else size
-        self.length = stream // total_batch * total_batch
+        self.endless = updates is not None
+        self.length = updates * total_batch if self.endless else stream // total_batch * total_batch
         self.rank, self.world_size = processes.rank, processes.world_size
         self.epoch = self.start = 0
         if self.length == 0:
@@ -55,10 +61,15 @@ class TrainSampler(Sampler):
         return (self.length - self.start) // self.world_size
 
     def __iter__(self) -> Iterator[Key]:
-        generator = torch.Generator().manual_seed(unite_seeds(self.seed, self.epoch))
-        order = torch.randperm(self.size, generator=generator)
+        order, drawn = None, None
         for position in range(self.start + self.rank, self.length, self.world_size):
-            yield Key(int(order[position // self.repeats]), self.epoch, position)
+            turn, place = self.epoch, position // self.repeats
+            if self.endless:
+                turn, place = divmod((self.epoch * self.length + position) // self.repeats, self.size)
+            if turn != drawn:
+                generator = torch.Generator().manual_seed(unite_seeds(self.seed, turn))
+                order, drawn = torch.randperm(self.size, generator=generator), turn
+            yield Key(int(order[place]), self.epoch, position)
 
 
 class EvalSampler(Sampler):

@@ -8,7 +8,11 @@ from .base import Batch, Evaluator, Sample, Task
 
 __all__ = ["DEFAULT_TASK", "TASKS", "Batch", "Evaluator", "Sample", "Task", "find_task"]
 
-TASKS = {"classification": "tasks.classification.task:Classification"}
+TASKS = {
+    "classification": "tasks.classification.task:Classification",
+    "segmentation": "tasks.segmentation.task:Segmentation",
+    "detection": "tasks.detection.task:Detection",
+}
 DEFAULT_TASK = "classification"
 
 

@@ -121,8 +121,21 @@ def load_recipe(name: str, task: str | None = None) -> Options:
 def validate(options: Options) -> None:
     """Raise UsageError if a value is out of its range or contradicts another."""
     check_ranges(options, prefix="--")
+    settle_epochs(options)
     for check in (check_model, check_schedule, *find_task(options.task).checks):
         check(options)
+
+
+def settle_epochs(options: RunOptions) -> None:
+    """Set --epochs to the evaluations of --iterations. UsageError if they do not come out even."""
+    if not options.iterations:
+        return
+    if not options.eval_every or options.iterations % options.eval_every:
+        raise UsageError(
+            f"--iterations {options.iterations} needs --eval_every, a part of it without remainder, "
+            f"not {options.eval_every}"
+        )
+    options.epochs = options.iterations // options.eval_every
 
 
 def markdown_table() -> str:
@@ -130,10 +143,8 @@ def markdown_table() -> str:
     lines = ["# Options", "", "Written by `python -m tasks.options`. Hydra spells them the same way.", ""]
     for group in COMMON:
         lines += table_of(group)
-    for task in TASKS:
-        for group in find_task(task).options:
-            lines += table_of(group)
-    for group in (InertOptions, SlurmOptions):
+    groups = dict.fromkeys(group for task in TASKS for group in find_task(task).options)
+    for group in (*groups, InertOptions, SlurmOptions):
         lines += table_of(group)
     return "\n".join(lines)
 

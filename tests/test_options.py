@@ -79,7 +79,7 @@ def test_every_recipe_loads_and_says_what_it_is(path):
     head = [line for line in path.read_text().splitlines() if line.startswith("#")]
     assert head[0] == "# @package _global_"
     assert any("main.py" in line for line in head)
-    assert any("top-1" in line for line in head)
+    assert any(figure in line for line in head for figure in ("top-1", "mIoU", "AP"))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Dataset
 
 from runtime.errors import UsageError, listed
-from runtime.images import open_rgb
+from runtime.images import MAX_PIXELS, open_rgb
 
 SUFFIXES = ("2017", "")
 
@@ -50,8 +50,8 @@ class CocoImages(Dataset):
     crowds, boxes without an area or outside of the image, masks that cannot be read.
     """
 
-    def __init__(self, images: Path, annotations: Path, masks: bool) -> None:
-        self.folder, self.file, self.masks = images, annotations, masks
+    def __init__(self, images: Path, annotations: Path, masks: bool, max_pixels: int = MAX_PIXELS) -> None:
+        self.folder, self.file, self.masks, self.max_pixels = images, annotations, masks, max_pixels
         content = _read(annotations)
         categories = sorted(content["categories"], key=lambda category: category["id"])
         self.classes = [str(category["name"]) for category in categories]
@@ -62,13 +62,15 @@ class CocoImages(Dataset):
         self._check_files()
         self.left_out: Counter[str] = Counter()
         self.objects = self._usable_objects(content["annotations"])
+        if not self.objects:
+            raise UsageError(self.said_of_left_out() or f"{annotations} has no objects")
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         info = self.images[index]
-        image = open_rgb(self.folder / info["file_name"])
+        image = open_rgb(self.folder / info["file_name"], self.max_pixels)
         width, height = image.size
         if (width, height) != (info["width"], info["height"]):
             raise UsageError(
@@ -90,9 +92,10 @@ class CocoImages(Dataset):
     def name_of(self, index: int) -> str:
         return str(self.folder / self.images[index]["file_name"])
 
-    def aspect_ratio(self, index: int) -> float:
-        """Width by height of an image, without opening it."""
-        return self.images[index]["width"] / self.images[index]["height"]
+    def said_of_left_out(self) -> str:
+        """Say in a line which objects are left out, and why; "" if none are."""
+        parts = ", ".join(f"{count} {problem}" for problem, count in sorted(self.left_out.items()))
+        return f"{self.file}: {sum(self.left_out.values())} objects are left out: {parts}" if parts else ""
 
     def _check_files(self) -> None:
         there = set(os.listdir(self.folder))
@@ -125,7 +128,8 @@ class CocoImages(Dataset):
     def _mask(self, segmentation: Any, height: int, width: int) -> np.ndarray:
         tools = mask_tools()
         if isinstance(segmentation, list):
-            segmentation = tools.merge(tools.frPyObjects(segmentation, height, width))
+            polygons = [polygon for polygon in segmentation if len(polygon) >= 6]
+            segmentation = tools.merge(tools.frPyObjects(polygons, height, width))
         elif isinstance(segmentation["counts"], list):
             segmentation = tools.frPyObjects(segmentation, height, width)
         return tools.decode(segmentation)
@@ -159,12 +163,23 @@ def _checked(
     box = [max(x, 0.0), max(y, 0.0), min(x + w, size[0]), min(y + h, size[1])]
     if not (box[2] - box[0] >= 1 and box[3] - box[1] >= 1 and annotation.get("area", 1) > 0):
         return "without an area in the image", []
-    if masks and not _is_mask(annotation.get("segmentation")):
+    if masks and not _is_mask(annotation.get("segmentation"), size):
         return "without a mask", []
     return "", box
 
 
-def _is_mask(segmentation: Any) -> bool:
+def _is_mask(segmentation: Any, size: tuple[int, int]) -> bool:
+    """Whether polygons or run lengths can be decoded to an image of (width, height)."""
     if isinstance(segmentation, dict):
-        return {"counts", "size"} <= segmentation.keys()
-    return isinstance(segmentation, list) and any(len(polygon) >= 6 for polygon in segmentation)
+        counts = segmentation.get("counts")
+        if list(segmentation.get("size", ())) != [size[1], size[0]]:
+            return False
+        return isinstance(counts, str) or (isinstance(counts, list) and sum(counts) == size[0] * size[1])
+    if not isinstance(segmentation, list) or not all(isinstance(polygon, list) for polygon in segmentation):
+        return False
+    numbers = [number for polygon in segmentation for number in polygon]
+    return (
+        any(len(polygon) >= 6 for polygon in segmentation)
+        and all(len(polygon) % 2 == 0 for polygon in segmentation)
+        and all(isinstance(number, int | float) and abs(number) < 1e6 for number in numbers)
+    )

@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from runtime.agreement import gather
+from runtime.distributed import DistInfo
 from tasks.base import Batch, Evaluator
 
 from .data import mask_tools
@@ -18,10 +19,21 @@ STATS = ("", "50", "75", "_small", "_medium", "_large")
 
 
 class CocoEvaluator(Evaluator):
-    """Collects detections in COCO's format. masks: also evaluate the masks."""
+    """Collects detections in COCO's format.
 
-    def __init__(self, annotations: Path, category_ids: list[int], masks: bool, split: bool) -> None:
-        self.annotations, self.category_ids, self.masks, self.split = annotations, category_ids, masks, split
+    Args:
+        annotations: the file with the truth.
+        category_ids: its categories, in the order of the labels.
+        first_label: the label of the first.
+        masks: also evaluate masks.
+        info: the processes whose images all count together.
+    """
+
+    def __init__(
+        self, annotations: Path, category_ids: list[int], first_label: int, masks: bool, info: DistInfo
+    ) -> None:
+        self.annotations, self.masks, self.info = annotations, masks, info
+        self.category_of = dict(enumerate(category_ids, start=first_label))
         self.found: list[dict[str, Any]] = []
         self.images: list[int] = []
 
@@ -39,7 +51,7 @@ class CocoEvaluator(Evaluator):
         boxes = result["boxes"] * scale
         corners = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()
         entries = [
-            {"image_id": image_id, "category_id": self.category_ids[label - 1], "bbox": box, "score": score}
+            {"image_id": image_id, "category_id": self.category_of[label], "bbox": box, "score": score}
             for box, score, label in zip(corners, result["scores"].tolist(), result["labels"].tolist(), strict=True)
         ]
         if self.masks:
@@ -50,17 +62,14 @@ class CocoEvaluator(Evaluator):
         return entries
 
     def compute(self) -> dict[str, float]:
-        parts = [(self.images, self.found)]
-        if self.split:
-            parts = [None] * dist.get_world_size()
-            dist.all_gather_object(parts, (self.images, self.found))
+        parts = gather((self.images, self.found), self.info)
         images = sorted(image for seen, _ in parts for image in seen)
         # In one order, however many processes there were: equal scores are ranked by their place.
         found = sorted((entry for _, entries in parts for entry in entries), key=lambda entry: entry["image_id"])
         figures = {"images": len(images)}
         for kind, prefix in {"bbox": "AP_box", **({"segm": "AP_mask"} if self.masks else {})}.items():
             stats = zip(STATS, self._stats(found, images, kind), strict=True)
-            figures |= {f"{prefix}{name}": value for name, value in stats}
+            figures |= {f"{prefix}{name}": 100 * float(value) for name, value in stats if value >= 0}
         return figures
 
     def _stats(self, found: list[dict[str, Any]], images: list[int], kind: str) -> list[float]:
@@ -72,4 +81,4 @@ class CocoEvaluator(Evaluator):
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-        return [100 * float(value) if value >= 0 else float("nan") for value in evaluation.stats[:6]]
+        return evaluation.stats[:6]  # -1 where there is no such object

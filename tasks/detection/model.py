@@ -26,7 +26,9 @@ class PyramidBackbone(nn.Module):
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
         maps = self.body(images)[-self.used :]
-        return self.fpn(OrderedDict((str(number), x) for number, x in enumerate(maps)))
+        levels = self.fpn(OrderedDict((str(number), x) for number, x in enumerate(maps)))
+        # Anchors and boxes take the maps' precision, and half of it is too coarse for pixels.
+        return OrderedDict((name, x if x.dtype == torch.float64 else x.float()) for name, x in levels.items())
 
 
 class Batching(nn.Module):
@@ -60,5 +62,7 @@ def mask_rcnn(body: nn.Module, widths: list[int], num_classes: int) -> Generaliz
 
 def retinanet(body: nn.Module, widths: list[int], num_classes: int) -> OneStage:
     """RetinaNet on the last three of four maps of these widths; class numbers from 0."""
+    if hasattr(body, "extra_norms"):
+        body.extra_norms[0].requires_grad_(False)  # of the map that is not used: no gradient would ever come
     backbone = PyramidBackbone(body, widths[1:], P6P7(widths[-1]))
     return OneStage(backbone, num_classes, Batching())

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from runtime.errors import UsageError, listed
-from runtime.images import open_rgb
+from runtime.images import MAX_PIXELS, open_rgb
 
 IGNORED = 255
 """The label of pixels that do not count."""
@@ -47,8 +47,10 @@ class IndexImages(Dataset):
     ignored, too.
     """
 
-    def __init__(self, root: Path, split: str, classes: list[str], reduce_zero: bool) -> None:
-        self.classes, self.reduce_zero = classes, reduce_zero
+    def __init__(
+        self, root: Path, split: str, classes: list[str], reduce_zero: bool, max_pixels: int = MAX_PIXELS
+    ) -> None:
+        self.classes, self.reduce_zero, self.max_pixels = classes, reduce_zero, max_pixels
         folder, annotations = (_folder(root / kind, split) for kind in ("images", "annotations"))
         paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
         if not paths:
@@ -67,7 +69,7 @@ class IndexImages(Dataset):
             labels = np.array(image)
         if labels.ndim != 2:
             raise UsageError(f"{annotation} is no index PNG: its pixels are colours, not class numbers")
-        image = open_rgb(path)
+        image = open_rgb(path, self.max_pixels)
         if image.size != labels.shape[::-1]:
             raise UsageError(f"{annotation} has another size than {path}")
         return {"image": image, "labels": Image.fromarray(self._numbered(labels)), "name": path.name}

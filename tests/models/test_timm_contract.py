@@ -481,7 +481,7 @@ def test_position_tables_are_resampled_to_another_image_size():
     for key in small.no_weight_decay():
         heads, height, width = state[key].shape
         y, x = torch.linspace(-1, 1, height), torch.linspace(-1, 1, width)
-        state[key] = (2 * y[:, None] + 3 * x).expand(heads, -1, -1)
+        state[key] = (2 * y[:, None] + 3 * x).expand(heads, -1, -1).clone()
     found = checkpoint_filter_fn(state, large)
     for key in small.no_weight_decay():
         heads, height, width = large.state_dict()[key].shape
