@@ -42,7 +42,7 @@ EXCEPTIONS = {"runtime/submitit_job.py": {"main", "tasks"}}
 
 # Kernels cannot be cut where they keep registers; a configuration file is one text.
 LONG_FILES = {"slurm/local_cluster.py": 500, "models/weights/sources.py": 380}
-"""Lines of files that may be longer: a cluster in one file can be copied to try it elsewhere; places to download from."""
+"""Lines of files that may be longer."""
 
 
 def source_files() -> list[Path]:
