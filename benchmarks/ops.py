@@ -52,6 +52,7 @@ class Attention:
     """A call of an attention: its shapes, as `ops` states them.
 
     name: of the function in `ops`. extra: shape of idx (routed), or shapes of rpe_table and positions (deformable).
+    windows: rows and columns of windows (routed).
     """
 
     name: str
@@ -60,11 +61,13 @@ class Attention:
     extra: tuple[tuple[int, ...], ...]
     num_heads: int
     scale: float
+    windows: tuple[int, ...] = ()
 
     @property
     def keys_per_query(self) -> int:
         """Keys that a query attends to."""
-        return self.extra[0][-1] * self.k[2] if self.name == "routed_attention" else prod(self.k[1:3])
+        keys = prod(self.k[1:3])
+        return self.extra[0][-1] * keys // self.extra[0][1] if self.name == "routed_attention" else keys
 
     def flops(self, direction: str) -> int:
         """Two operations per multiply-accumulate in two matrix products, in seven with backward."""
@@ -96,10 +99,10 @@ class Attention:
     def build(self, direction: str, backend: str, device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
         """A function that runs it once."""
         inputs, learnt = self.inputs(device, dtype)
-        function = getattr(ops, self.name)
+        function, windows = getattr(ops, self.name), (self.windows,) if self.windows else ()
 
         def forward() -> Tensor:
-            return function(*inputs, self.num_heads, self.scale, backend=backend)
+            return function(*inputs, *windows, self.num_heads, self.scale, backend=backend)
 
         if direction == "forward":
             return torch.no_grad()(forward)
@@ -119,11 +122,12 @@ class _Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, function: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> object:
-        name = function.name().removeprefix("debiformer::").removesuffix("_torch")
+        name = function.name().removeprefix("debiformer::")
         if name in ("routed_attention", "deformable_attention"):
-            q, k, _, *extra, num_heads, scale, _workspace = args
-            extra = tuple(tuple(x.shape) for x in extra if x is not None)  # routed attention has a mask or None
-            self.found.append(Attention(name, tuple(q.shape), tuple(k.shape), extra, num_heads, scale))
+            q, k, _, *others, num_heads, scale, _backend, _workspace = args
+            extra = tuple(tuple(x.shape) for x in others if isinstance(x, Tensor))
+            windows = tuple(x for x in others if not isinstance(x, Tensor))
+            self.found.append(Attention(name, tuple(q.shape), tuple(k.shape), extra, num_heads, scale, windows))
         return function(*args, **(kwargs or {}))
 
 

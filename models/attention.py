@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import ops
 from .attention_maps import RoutedMaps, one_image, plain_maps
 from .attention_table import register_attention
-from .layers import QKV, DepthwiseConv, MapLinear, to_nchw, to_nhwc
+from .layers import QKV, DepthwiseConv, MapLinear
 
 
 def check_heads(dim: int, num_heads: int) -> None:
@@ -35,9 +35,10 @@ class Router(nn.Module):
             raise ValueError(f"top-k must lie in 1..{n_win**2} ({n_win}x{n_win} windows), not {topk}")
         self.n_win, self.topk, self.scale = n_win, topk, scale
 
-    def forward(self, q_windows: Tensor, k_windows: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, P, w, C) windows -> logits (B, P, k) in descending order and window numbers (B, P, k), int64."""
-        return ops.route_windows(q_windows.mean(dim=2), k_windows.mean(dim=2), self.topk, self.scale)
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """Two maps (B, H, W, C) -> logits (B, P, k) in descending order and window numbers (B, P, k), int64."""
+        q_windows, k_windows = ops.window_means(q, self.n_win), ops.window_means(k, self.n_win)
+        return ops.route_windows(q_windows, k_windows, self.topk, self.scale)
 
     def extra_repr(self) -> str:
         return f"n_win={self.n_win}, topk={self.topk}"
@@ -45,7 +46,7 @@ class Router(nn.Module):
 
 def choose_windows(router: Router, q: Tensor, k: Tensor) -> Tensor:
     """Maps (B, H, W, C), sides multiples of `router.n_win` -> numbers of the routed windows (B, P, k), best first."""
-    return router(ops.to_windows(q, router.n_win), ops.to_windows(k, router.n_win))[1]
+    return router(q, k)[1]
 
 
 def attend_routed_windows(router: Router, q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> Tensor:
@@ -53,12 +54,7 @@ def attend_routed_windows(router: Router, q: Tensor, k: Tensor, v: Tensor, num_h
 
     q: (B, Hq, Wq, C); k, v: (B, H, W, C); all sides multiples of `router.n_win`. Returns (B, Hq, Wq, C).
     """
-    n_win = router.n_win
-    height, width = q.shape[1], q.shape[2]
-    q, k, v = ops.to_windows(q, n_win), ops.to_windows(k, n_win), ops.to_windows(v, n_win)
-    _, idx = router(q, k)
-    out = ops.routed_attention(q, k, v, idx, num_heads, router.scale)
-    return ops.from_windows(out, n_win, height, width)
+    return ops.routed_attention(q, k, v, choose_windows(router, q, k), router.n_win, num_heads, router.scale)
 
 
 @register_attention("bi_level_routing")
@@ -84,7 +80,7 @@ class BiLevelRoutingAttention(nn.Module):
         height, width = x.shape[1], x.shape[2]
         q, k, v = self.qkv(ops.pad_to_multiple(x, self.router.n_win))
         out = attend_routed_windows(self.router, q, k, v, self.num_heads)
-        out = self.wo(out + to_nhwc(self.lepe(to_nchw(v))))
+        out = self.wo(self.lepe(v, residual=out))
         return out[:, :height, :width]
 
     def attention_maps(self, x: Tensor) -> RoutedMaps:
@@ -120,11 +116,11 @@ class FullAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.qkv(x)
-        lepe = to_nhwc(self.lepe(to_nchw(qkv.chunk(3, dim=-1)[2] if self.lepe_on_values else x)))
+        source = qkv.chunk(3, dim=-1)[2] if self.lepe_on_values else x
         qkv = qkv.flatten(1, 2).unflatten(-1, (3, self.num_heads, -1))  # (B, H*W, 3, m, C/m)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
-        return self.proj(out + lepe)
+        return self.proj(self.lepe(source, residual=out))
 
     def attention_maps(self, x: Tensor) -> RoutedMaps:
         """The exact maps of one image (1, H, W, C)."""

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .attention import BiLevelRoutingAttention, FullAttention
 from .attention_table import PerStage, build_attention, per_stage, window_strides
 from .backbone import Backbone, build_variant, check_per_stage, default_cfg
-from .layers import MapLinear, ResidualDepthwiseConv, init_linear, to_nchw, to_nhwc
+from .layers import AddNorm, MapLinear, ResidualDepthwiseConv, init_linear, to_nchw, to_nhwc
 from .weights.releases import RELEASES
 
 
@@ -24,17 +24,17 @@ class BiFormerBlock(nn.Module):
         super().__init__()
         hidden = int(dim * mlp_ratio)
         self.pos_embed = ResidualDepthwiseConv(dim, 3)
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = AddNorm(dim, eps=1e-6)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = AddNorm(dim, eps=1e-6)
         # The Identity keeps the second Linear at the published key mlp.3.
         self.mlp = nn.Sequential(MapLinear(dim, hidden), nn.Identity(), nn.GELU(), MapLinear(hidden, dim))
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = to_nhwc(self.pos_embed(x))
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        x, y = self.norm1(self.pos_embed(to_nhwc(x)))
+        x, y = self.norm2(x, self.drop_path(self.attn(y)))
+        x = x + self.drop_path(self.mlp(y))
         return to_nchw(x)
 
 

@@ -12,7 +12,7 @@ from .attention import BiLevelRoutingAttention
 from .attention_table import AttentionLayer, PerStage, build_attention, per_stage, window_strides
 from .backbone import Backbone, build_variant, check_per_stage, default_cfg, stage_sides
 from .deformable_attention import DeformableAgentAttention
-from .layers import ConvMlp, ResidualDepthwiseConv, to_nchw, to_nhwc
+from .layers import AddNorm, ConvMlp, ResidualDepthwiseConv, to_nchw, to_nhwc
 from .weights.releases import RELEASES
 
 
@@ -25,25 +25,24 @@ class DeBiFormerBlock(nn.Module):
     def __init__(self, dim: int, attn1: nn.Module, attn2: nn.Module, mlp_ratio: float, drop_path: float) -> None:
         super().__init__()
         self.pos_embed1 = ResidualDepthwiseConv(dim, 3)
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = AddNorm(dim, eps=1e-6)
         self.attn1 = attn1
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = AddNorm(dim, eps=1e-6)
         self.mlp1 = ConvMlp(dim, mlp_ratio)
         self.pos_embed2 = ResidualDepthwiseConv(dim, 3)
-        self.norm3 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm3 = AddNorm(dim, eps=1e-6)
         self.attn2 = attn2
-        self.norm4 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm4 = AddNorm(dim, eps=1e-6)
         self.mlp2 = ConvMlp(dim, mlp_ratio)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = to_nhwc(self.pos_embed1(x))
-        x = x + self.drop_path(self.attn1(self.norm1(x)))
-        x = x + self.drop_path(self.mlp1(self.norm2(x)))
-        x = to_nchw(x)
-        x = to_nhwc(self.pos_embed2(x))
-        x = x + self.drop_path(self.attn2(self.norm3(x)))
-        x = x + self.drop_path(self.mlp2(self.norm4(x)))
+        x, y = self.norm1(self.pos_embed1(to_nhwc(x)))
+        x, y = self.norm2(x, self.drop_path(self.attn1(y)))
+        x = x + self.drop_path(self.mlp1(y))
+        x, y = self.norm3(self.pos_embed2(x))
+        x, y = self.norm4(x, self.drop_path(self.attn2(y)))
+        x = x + self.drop_path(self.mlp2(y))
         return to_nchw(x)
 
 

@@ -11,7 +11,7 @@ from . import ops
 from .attention import Router, attend_routed_windows, check_heads, choose_windows
 from .attention_maps import AgentMaps, one_image
 from .attention_table import register_attention
-from .layers import QKV, ConvMlp, DepthwiseConv, PointwiseConv, to_nchw, to_nhwc
+from .layers import QKV, AddNorm, ConvMlp, DepthwiseConv, PointwiseConv, to_nchw, to_nhwc
 
 
 class _KeyedNorm(nn.Module):
@@ -85,9 +85,9 @@ class DeformableAgentAttention(nn.Module):
         self.router = Router(n_win, topk, self.scale)
         self.lepe1 = DepthwiseConv(dim, 5, agent_stride)
         self.unifyheads1 = PointwiseConv(dim, dim)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = AddNorm(dim, eps=1e-6)
         self.mlp = ConvMlp(dim, agent_mlp_ratio)
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.norm = AddNorm(dim, eps=1e-6)
         self.proj_k = PointwiseConv(dim, dim)
         self.proj_v = PointwiseConv(dim, dim)
         self.rpe_table = nn.Parameter(torch.empty(num_heads, 2 * rpe_size[0] - 1, 2 * rpe_size[1] - 1))
@@ -111,16 +111,16 @@ class DeformableAgentAttention(nn.Module):
 
         positions = ops.agent_positions(self.conv_offset_q(q))
         agents = ops.sample_agents(x, positions)
-        lepe = to_nhwc(self.lepe1(to_nchw(v)))
+        lepe = self.lepe1(v)
         # Agents added by padding are zeros at the map's centre and stay in the attention: released dense models
         # were trained with them.
         positions, agents, lepe = (ops.pad_to_multiple(t, n_win) for t in (positions, agents, lepe))
 
         agent_q = self.proj_q(agents)
         read = attend_routed_windows(self.router, agent_q, k, v, self.num_heads)
-        agents = agents + self.unifyheads1(read + lepe)
-        agents = agents + self.mlp(self.norm2(agents))
-        return q, k, positions, agent_q, self.norm(agents)
+        agents, normed = self.norm2(agents, self.unifyheads1(read + lepe))
+        _, agents = self.norm(agents, self.mlp(normed))
+        return q, k, positions, agent_q, agents
 
     def attention_maps(self, x: Tensor) -> AgentMaps:
         """The exact maps of one image (1, H, W, C)."""

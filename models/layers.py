@@ -49,17 +49,21 @@ class PointwiseConv(nn.Conv2d):
 
 
 class DepthwiseConv(nn.Conv2d):
-    """Depthwise convolution of a map (B, C, H, W) with padding kernel // 2: a side s becomes ceil(s / stride)."""
+    """Depthwise convolution of a map (B, H, W, C) with padding kernel // 2: a side s becomes ceil(s / stride)."""
 
     def __init__(self, dim: int, kernel_size: int, stride: int = 1, bias: bool = True) -> None:
         super().__init__(dim, dim, kernel_size, stride, padding=kernel_size // 2, groups=dim, bias=bias)
 
+    def forward(self, x: Tensor, residual: Tensor | None = None, gelu: bool = False) -> Tensor:
+        """The residual, if there is one, plus the convolution, through GELU if asked for."""
+        return ops.depthwise(x, self.weight, self.bias, residual, gelu, self.stride[0])
+
 
 class ResidualDepthwiseConv(DepthwiseConv):
-    """x + conv(x) of a map (B, C, H, W), with the keys of the convolution alone, as published."""
+    """x + conv(x) of a map (B, H, W, C), with the keys of the convolution alone, as published."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.residual_depthwise(x, self.weight, self.bias)
+    def forward(self, x: Tensor, gelu: bool = False) -> Tensor:
+        return super().forward(x, residual=x, gelu=gelu)
 
     @torch.no_grad()
     def fuse(self) -> DepthwiseConv:
@@ -69,6 +73,13 @@ class ResidualDepthwiseConv(DepthwiseConv):
         fused.load_state_dict(self.state_dict())
         fused.weight[:, :, size // 2, size // 2] += 1
         return fused
+
+
+class AddNorm(nn.LayerNorm):
+    """LayerNorm of a sum: (..., C) and a branch like it, or none -> the sum and its norm."""
+
+    def forward(self, x: Tensor, branch: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return ops.add_norm(x, branch, self.weight, self.bias, self.eps)
 
 
 class Downsampling(nn.Sequential):
@@ -124,12 +135,10 @@ class ConvMlp(nn.Module):
         hidden = int(dim * ratio)
         self.linear1 = nn.Sequential(PointwiseConv(dim, hidden))
         self.dwc = ResidualDepthwiseConv(hidden, 3)
-        self.act = nn.GELU()
         self.linear2 = nn.Sequential(PointwiseConv(hidden, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        x = to_nhwc(self.dwc(to_nchw(self.linear1(x))))
-        return self.linear2(self.act(x))
+        return self.linear2(self.dwc(self.linear1(x), gelu=True))
 
 
 def init_linear(module: nn.Module) -> None:

@@ -20,7 +20,7 @@ from .attention import BiLevelRoutingAttention, FullAttention, Router, check_hea
 from .attention_maps import RoutedMaps, one_image
 from .attention_table import PerStage, build_attention, per_stage, register_attention, window_strides
 from .backbone import Backbone, build_variant, check_per_stage, default_cfg
-from .layers import DepthwiseConv, Downsampling, MapLinear, PointwiseConv, init_linear, to_nchw, to_nhwc
+from .layers import AddNorm, DepthwiseConv, Downsampling, MapLinear, PointwiseConv, init_linear, to_nchw, to_nhwc
 from .partition_attention import PartitionAttention
 from .weights.releases import RELEASES
 
@@ -60,11 +60,10 @@ class PooledRoutingAttention(nn.Module):
 
         q, k, v = self.qkv_linear(x).chunk(3, dim=-1)
         _, idx = self.router(q, k, window)
-        lepe = to_nhwc(self.lepe(to_nchw(v)))
-        q, k, v = (ops.to_windows(ops.pad_to_multiple(t, window), n_win) for t in (q, k, v))
-        out = ops.routed_attention(q, k, v, idx, self.num_heads, self.scale)
-        out = ops.from_windows(out, n_win, rows * window_h, columns * window_w)[:, :height, :width]
-        return self.output_linear(out + lepe)
+        lepe = self.lepe(v)
+        q, k, v = (ops.pad_to_multiple(t, window) for t in (q, k, v))
+        out = ops.routed_attention(q, k, v, idx, n_win, self.num_heads, self.scale)
+        return self.output_linear(out[:, :height, :width] + lepe)
 
     def attention_maps(self, x: Tensor) -> RoutedMaps:
         """The exact maps of one image (1, H, W, C). ValueError for maps with more windows along one side."""
@@ -86,16 +85,16 @@ class STLBlock(nn.Module):
 
     def __init__(self, dim: int, attn: nn.Module, mlp: nn.Module, eps: float, drop_path: float) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.norm1 = AddNorm(dim, eps=eps)
         self.attn = attn
-        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.norm2 = AddNorm(dim, eps=eps)
         self.mlp = mlp
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = to_nhwc(x)
-        x = x + self.drop_path(self.attn(self.norm1(x)))
-        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        x, y = self.norm1(to_nhwc(x))
+        x, y = self.norm2(x, self.drop_path(self.attn(y)))
+        x = x + self.drop_path(self.mlp(y))
         return to_nchw(x)
 
 

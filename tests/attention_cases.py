@@ -17,34 +17,30 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 class Routed(NamedTuple):
-    """Sizes of a routed attention; `masked` is the share of keys that may not be read."""
+    """Sizes of a routed attention: rows and columns of windows, of query tokens and of key tokens per window."""
 
     images: int
-    windows: int
-    queries: int
-    keys: int
+    windows: tuple[int, int]
+    queries: tuple[int, int]
+    keys: tuple[int, int]
     heads: int
     head_dim: int
     topk: int
-    masked: float = 0
 
-    def inputs(self, seed: int) -> tuple[list[Tensor], tuple[Tensor, Tensor | None]]:
-        """float64 q, k, v; idx, with repeats unless all windows are routed, and a key mask or None."""
+    def inputs(self, seed: int) -> tuple[list[Tensor], tuple[Tensor]]:
+        """float64 q, k, v; idx."""
         draw = torch.Generator().manual_seed(seed)
+        sides = [[n * tokens for n, tokens in zip(self.windows, w, strict=True)] for w in (self.queries, self.keys)]
         q, k, v = (
-            torch.randn(self.images, self.windows, n, self.heads * self.head_dim, generator=draw, dtype=torch.float64)
-            for n in (self.queries, self.keys, self.keys)
+            torch.randn(self.images, *side, self.heads * self.head_dim, generator=draw, dtype=torch.float64)
+            for side in (sides[0], sides[1], sides[1])
         )
-        idx = torch.randint(self.windows, (self.images, self.windows, self.topk), generator=draw)
-        if self.topk == self.windows:
-            idx = idx.double().uniform_(generator=draw).argsort(-1)
-        mask = torch.rand(self.images, self.windows, self.keys, generator=draw) >= self.masked
-        return [q, k, v], (idx, mask if self.masked else None)
+        windows = self.windows[0] * self.windows[1]
+        return [q, k, v], (torch.rand(self.images, windows, windows, generator=draw).topk(self.topk).indices,)
 
     def call(self, tensors: list[Tensor], fixed: tuple, backend: str, **options: int) -> Tensor:
-        idx, mask = fixed
         scale = self.head_dim**-0.5
-        return ops.routed_attention(*tensors, idx, self.heads, scale, mask, backend=backend, **options)
+        return ops.routed_attention(*tensors, *fixed, self.windows, self.heads, scale, backend=backend, **options)
 
 
 class Deformable(NamedTuple):
@@ -59,26 +55,29 @@ class Deformable(NamedTuple):
     table: tuple[int, int]
 
     def inputs(self, seed: int) -> tuple[list[Tensor], tuple[()]]:
-        """float64 q, k, v, table and positions, some of them outside the map."""
+        """float64 q, k, v, table and positions, some of them at the map's ends."""
         draw = torch.Generator().manual_seed(seed)
         c = self.heads * self.head_dim
         shapes = [(self.images, *side, c) for side in (self.tokens, self.agents, self.agents)]
         shapes.append((self.heads, *(2 * side - 1 for side in self.table)))
         tensors = [torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes]
         positions = torch.rand(self.images, *self.agents, self.groups, 2, generator=draw, dtype=torch.float64)
-        return [*tensors, positions * 2.4 - 1.2], ()
+        return [*tensors, (positions * 2.4 - 1.2).clamp(-1, 1)], ()
 
     def call(self, tensors: list[Tensor], fixed: tuple, backend: str, **options: int) -> Tensor:
         return ops.deformable_attention(*tensors, self.heads, self.head_dim**-0.5, backend=backend, **options)
 
 
 ROUTED = [
-    pytest.param(Routed(2, 4, 5, 7, 2, 16, 2), id="odd-windows"),
-    pytest.param(Routed(1, 9, 1, 4, 2, 24, 9), id="one-query-all-windows"),
-    pytest.param(Routed(1, 9, 6, 1, 1, 32, 5), id="one-key"),
-    pytest.param(Routed(2, 4, 17, 20, 1, 48, 1), id="one-window"),
-    pytest.param(Routed(2, 4, 17, 18, 2, 16, 3, masked=0.6), id="masked"),
-    pytest.param(Routed(1, 6, 3, 2, 2, 128, 4, masked=0.3), id="wide-heads"),
+    pytest.param(Routed(2, (2, 2), (5, 1), (1, 7), 2, 16, 2), id="odd-windows"),
+    pytest.param(Routed(1, (3, 3), (1, 1), (2, 2), 2, 24, 9), id="one-query-all-windows"),
+    pytest.param(Routed(1, (7, 1), (2, 3), (1, 1), 1, 32, 5), id="one-key"),
+    pytest.param(Routed(2, (2, 2), (17, 1), (4, 5), 1, 48, 1), id="one-window"),
+    pytest.param(Routed(1, (2, 2), (6, 6), (9, 8), 2, 16, 1), id="one-large-window"),
+    pytest.param(Routed(2, (2, 2), (17, 1), (3, 6), 2, 16, 3), id="many-queries"),
+    pytest.param(Routed(1, (2, 3), (3, 1), (2, 1), 2, 128, 4), id="wide-heads"),
+    pytest.param(Routed(2, (3, 7), (2, 2), (2, 3), 2, 32, 6), id="few-queries"),
+    pytest.param(Routed(1, (8, 8), (1, 1), (1, 2), 1, 16, 5), id="one-query-of-64-windows"),
 ]
 DEFORMABLE = [
     pytest.param(Deformable(2, (5, 4), (2, 3), 2, 16, 1, (5, 4)), id="on-cells"),

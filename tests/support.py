@@ -14,12 +14,12 @@ import torch
 from PIL import Image
 from torch import nn
 
+if not torch.cuda.is_available():  # read when Triton is first imported, which timm and torchvision do
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from runtime.distributed import DistInfo
 from runtime.errors import UsageError
 from tasks import find_task, loading
-
-if not torch.cuda.is_available():  # read when Triton is first imported, which timm and torchvision do
-    os.environ["TRITON_INTERPRET"] = "1"
 
 ROOT = Path(__file__).parent.parent
 CLASSES = ("cat", "dog", "owl", "pig")

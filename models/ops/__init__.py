@@ -7,24 +7,26 @@ symbolically although the functions look at shapes.
 import torch.fx
 
 from .deformable import agent_positions, deformable_attention, relative_position_bias, sample_agents
-from .pointwise import pointwise, residual_depthwise
+from .maps import add_norm, depthwise, pointwise
 from .routed import route_windows, routed_attention
-from .windows import from_windows, pad_to_multiple, pool_windows, split_side, to_windows
+from .windows import from_windows, pad_to_multiple, pool_windows, split_side, to_windows, window_means
 
 __all__ = [
+    "add_norm",
     "agent_positions",
     "deformable_attention",
+    "depthwise",
     "from_windows",
     "pad_to_multiple",
     "pointwise",
     "pool_windows",
     "relative_position_bias",
-    "residual_depthwise",
     "route_windows",
     "routed_attention",
     "sample_agents",
     "split_side",
     "to_windows",
+    "window_means",
 ]
 
 for _name in __all__:

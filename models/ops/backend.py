@@ -41,15 +41,17 @@ def use_backend(name: str | None) -> Iterator[None]:
             os.environ[ENVIRONMENT] = before
 
 
-def choose_backend(requested: str | None, q: Tensor, num_heads: int) -> str:
+def choose_backend(requested: str | None, q: Tensor, num_heads: int | None = None) -> str:
     """The backend that will run an attention with queries like `q` (..., C), split into `num_heads` heads.
+
+    Without heads: that of what is done with a map besides.
 
     requested: a name in `BACKENDS`, or None. ValueError for an unknown name, or one that cannot run here.
     """
     # Decided here, where a symbolic width is guarded; `_choose` takes constants.
     size_obstacle = (
         f"its heads have at most {TRITON_LARGEST_HEAD} channels"
-        if q.shape[-1] > TRITON_LARGEST_HEAD * num_heads
+        if num_heads is not None and q.shape[-1] > TRITON_LARGEST_HEAD * num_heads
         else None
     )
     return _choose(requested, q.device, q.dtype, size_obstacle)

@@ -7,10 +7,10 @@ Positions are (y, x) in [-1, 1], where -1 and 1 are the centres of the first and
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from . import deformable_torch
 from .backend import WORKSPACE, choose_backend
+from .operators import differentiable
 
 
 def reference_points(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
@@ -34,8 +34,10 @@ def agent_positions(offsets: Tensor) -> Tensor:
 def sample_agents(x: Tensor, positions: Tensor) -> Tensor:
     """Read the map at the agents' positions, bilinearly; each group reads its own channels at its own positions.
 
-    x: (B, H, W, C); positions: (B, Ha, Wa, g, 2). Returns agents (B, Ha, Wa, C) in x's dtype.
+    x: (B, H, W, C); positions: (B, Ha, Wa, g, 2) in [-1, 1]. Returns agents (B, Ha, Wa, C) in x's dtype.
     """
+    if choose_backend(None, x) == "triton":
+        return _sample(x, positions)
     b, h, w, c = x.shape
     _, ha, wa, g, _ = positions.shape
     channels = x.view(b, h, w, g, c // g).permute(0, 3, 4, 1, 2).reshape(b * g, c // g, h, w)
@@ -80,7 +82,7 @@ def deformable_attention(
     """Every token attends to all agents, with a bias read at their relative position.
 
     q: (B, H, W, C) tokens; k, v: (B, Ha, Wa, C) agents; rpe_table: (m, 2Q-1, 2Q-1);
-    positions: (B, Ha, Wa, g, 2), float32 at least.
+    positions: (B, Ha, Wa, g, 2) in [-1, 1], float32 at least.
     backend: see `ops.backend`; ValueError for one that cannot run.
     workspace: bytes that "torch" may use for biases and logits at a time, at least those of one row of tokens, and
     "triton", in backward alone, for gradients of logits, at least those of one image and 16 agents.
@@ -91,9 +93,7 @@ def deformable_attention(
         k, v = k.to(q.dtype), v.to(q.dtype)
     if name == "reference":
         return deformable_attention_reference(q, k, v, rpe_table, positions, num_heads, scale)
-    if name == "triton":
-        return _triton(q, k, v, rpe_table, positions, num_heads, scale, workspace)[0]
-    return _torch(q, k, v, rpe_table, positions, num_heads, scale, workspace)
+    return _attend(q, k, v, rpe_table, positions, num_heads, scale, name, workspace)[0]
 
 
 def deformable_attention_reference(
@@ -110,11 +110,10 @@ def deformable_attention_reference(
     return out.transpose(1, 2).reshape(b, h, w, c)
 
 
-# -- the backends as operators, as in `routed` --------------------------------------------------------------------
+# -- operators: the fast backends of attention, and sampling on GPUs --------------------------------------------------
 
 
-@torch.library.custom_op("debiformer::deformable_attention_torch", mutates_args=())
-def _torch(
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -122,44 +121,19 @@ def _torch(
     positions: Tensor,
     num_heads: int,
     scale: float,
-    workspace: int,
-) -> Tensor:
-    return deformable_torch.forward(q, k, v, rpe_table, positions, num_heads, scale, workspace)
-
-
-@torch.library.custom_op("debiformer::deformable_attention_torch_backward", mutates_args=())
-def _torch_backward(
-    grad: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rpe_table: Tensor,
-    positions: Tensor,
-    num_heads: int,
-    scale: float,
-    workspace: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return deformable_torch.backward(grad, q, k, v, rpe_table, positions, num_heads, scale, workspace)
-
-
-@torch.library.custom_op("debiformer::deformable_attention_triton", mutates_args=())
-def _triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rpe_table: Tensor,
-    positions: Tensor,
-    num_heads: int,
-    scale: float,
+    backend: str,
     workspace: int,
 ) -> tuple[Tensor, Tensor]:
+    """Output, and what the backend wants to know of it in backward (nothing, for "torch")."""
+    if backend == "torch":
+        out = deformable_torch.forward(q, k, v, rpe_table, positions, num_heads, scale, workspace)
+        return out, q.new_empty(0, dtype=torch.float32)
     from . import deformable_triton
 
     return deformable_triton.forward(q, k, v, rpe_table, positions, num_heads, scale)
 
 
-@torch.library.custom_op("debiformer::deformable_attention_triton_backward", mutates_args=())
-def _triton_backward(
+def _backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
@@ -170,62 +144,61 @@ def _triton_backward(
     lse: Tensor,
     num_heads: int,
     scale: float,
+    backend: str,
     workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if backend == "torch":
+        return deformable_torch.backward(grad, q, k, v, rpe_table, positions, num_heads, scale, workspace)
     from . import deformable_triton
 
     return deformable_triton.backward(grad, q, k, v, rpe_table, positions, out, lse, num_heads, scale, workspace)
 
 
-@_torch.register_fake
-def _(q, *_):  # noqa: ANN001, ANN002, ANN202
-    return q.new_empty(q.shape)
+def _outputs_like(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    num_heads: int,
+    scale: float,
+    backend: str,
+    _: int,
+) -> tuple[Tensor, Tensor]:
+    lse = (0,) if backend == "torch" else (q.shape[0], num_heads, q.shape[1] * q.shape[2])
+    return q.new_empty(q.shape), q.new_empty(lse, dtype=torch.float32)
 
 
-@_triton.register_fake
-def _(q, k, v, rpe_table, positions, num_heads, *_):  # noqa: ANN001, ANN002, ANN202
-    b, h, w, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((b, num_heads, h * w), dtype=torch.float32)
+def _products(q: torch.Size, k: torch.Size) -> int:
+    """Operations of one matrix product of all tokens and agents."""
+    return 2 * q.numel() * k[1] * k[2]
 
 
-@_torch_backward.register_fake
-@_triton_backward.register_fake
-def _(grad, *tensors_and_options):  # noqa: ANN001, ANN002, ANN202
-    return tuple(x.new_empty(x.shape) for x in tensors_and_options[:5])
-
-
-def _save(ctx, inputs, output) -> None:  # noqa: ANN001
-    *tensors, ctx.num_heads, ctx.scale, ctx.workspace = inputs
-    ctx.save_for_backward(*tensors, *(output if isinstance(output, tuple) else ()))
-
-
-def _grads_torch(ctx, grad):  # noqa: ANN001, ANN202
-    return *_torch_backward(grad, *ctx.saved_tensors, ctx.num_heads, ctx.scale, ctx.workspace), None, None, None
-
-
-def _grads_triton(ctx, grad, _):  # noqa: ANN001, ANN202
-    return *_triton_backward(grad, *ctx.saved_tensors, ctx.num_heads, ctx.scale, ctx.workspace), None, None, None
-
-
-_torch.register_autograd(_grads_torch, setup_context=_save)
-_triton.register_autograd(_grads_triton, setup_context=_save)
-
-
-# PyTorch's counter of floating-point operations: two matrix products forward; backward five, logits being recomputed.
-
-
-@register_flop_formula(
-    [torch.ops.debiformer.deformable_attention_torch, torch.ops.debiformer.deformable_attention_triton]
+_attend = differentiable(
+    *("deformable_attention", _forward, _backward, _outputs_like),
+    gradients=range(5),
+    # Backward computes the logits again.
+    flops=(
+        lambda q, k, *_, **__: 2 * _products(q, k),
+        lambda grad, q, k, *_, **__: 5 * _products(q, k),
+    ),
 )
-def _flops(q_shape, k_shape, *_, **__) -> int:  # noqa: ANN001, ANN002, ANN003
-    return 4 * q_shape.numel() * k_shape[1] * k_shape[2]
 
 
-@register_flop_formula(
-    [
-        torch.ops.debiformer.deformable_attention_torch_backward,
-        torch.ops.debiformer.deformable_attention_triton_backward,
-    ]
+def _sample_forward(x: Tensor, positions: Tensor) -> Tensor:
+    from . import sampling_triton
+
+    return sampling_triton.forward(x, positions)
+
+
+def _sample_backward(grad: Tensor, x: Tensor, positions: Tensor, out: Tensor) -> tuple[Tensor, Tensor]:
+    from . import sampling_triton
+
+    return sampling_triton.backward(grad, x, positions)
+
+
+_sample = differentiable(
+    *("sample_agents", _sample_forward, _sample_backward),
+    lambda x, positions: x.new_empty((*positions.shape[:3], x.shape[3])),
+    gradients=range(2),
 )
-def _backward_flops(grad_shape, q_shape, k_shape, *_, **__) -> int:  # noqa: ANN001, ANN002, ANN003
-    return 10 * q_shape.numel() * k_shape[1] * k_shape[2]

@@ -98,6 +98,13 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, table: Tensor, positions: Tensor, num_heads: int, scale: float, workspace: int
 ) -> Tensor:
     """See `ops.deformable_attention`."""
+    with torch.autocast(q.device.type, enabled=False):  # which would take the products to half precision again
+        return _forward(q, k, v, table, positions, num_heads, scale, workspace)
+
+
+def _forward(
+    q: Tensor, k: Tensor, v: Tensor, table: Tensor, positions: Tensor, num_heads: int, scale: float, workspace: int
+) -> Tensor:
     problem = _Problem(q, k, v, table, positions, num_heads)
     out = q.new_empty(q.shape)
     for images, rows in problem.chunks(3, workspace):
@@ -120,6 +127,21 @@ def backward(
     workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, the table and the positions. On CUDA PyTorch sums the table's with atomics."""
+    with torch.autocast(q.device.type, enabled=False):
+        return _backward(grad, q, k, v, table, positions, num_heads, scale, workspace)
+
+
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    table: Tensor,
+    positions: Tensor,
+    num_heads: int,
+    scale: float,
+    workspace: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     problem = _Problem(q, k, v, table, positions, num_heads)
     dq = q.new_empty(q.shape)
     dk, dv = torch.zeros_like(problem.k), torch.zeros_like(problem.v)

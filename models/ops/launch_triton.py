@@ -1,12 +1,17 @@
 """What the Triton kernels share: how they are launched, and the steps that all of them take.
 
-A kernel's configuration (block sizes, warps, pipeline stages) is chosen by Triton's autotuner on the GPU itself, once
-per size class and machine. Block sizes decide the order of summation; so under torch.use_deterministic_algorithms a
-rule chooses instead, and in the interpreter the smallest blocks, for then loops go round.
+A launch takes its block sizes, warps and pipeline stages from `launches.json`, by kernel and size class, and by a rule
+for classes that the table lacks: so every process and every run takes the same, and sums in the same order. With
+DEBIFORMER_AUTOTUNE=FILE in the environment, the first launch of a class instead times every choice on the GPU and
+writes the fastest to FILE, a table like `launches.json`; DEBIFORMER_LAUNCHES=FILE reads such a table.
 """
 
+import functools
+import json
+import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -16,52 +21,132 @@ from torch import Tensor
 LOG2E = tl.constexpr(1.4426950408889634)
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 """Read when Triton is imported: jit decorates for the interpreter or for the compiler from then on."""
+TABLE = Path(__file__).with_name("launches.json")
+SHARED_MEMORY = 99 * 1024
+"""Bytes that a program may use on every GPU since compute capability 8.0."""
+
+
+class Block(NamedTuple):
+    """One way to launch a kernel: sides of its tiles, warps, pipeline stages."""
+
+    m: int
+    n: int
+    warps: int
+    stages: int
+
+
+class Launch(NamedTuple):
+    """What `observers` are told of a launch."""
+
+    kernel: "Kernel"
+    size: tuple[int, int]
+    programs: Callable[[Block], int]
+    arguments: dict[str, Any]
+
+
+observers: list[Callable[[Launch], None]] = []
+"""Called before every launch. Launches with meta tensors are only observed."""
 
 
 class Kernel:
-    """A jitted kernel and its configurations, largest blocks first; call it with a grid and its arguments by name.
+    """A jitted kernel and the ways to launch it, the preferred one first.
 
-    The size class are the constants SIZE_M and SIZE_N, which bound BLOCK_M and BLOCK_N, and those named in `key`.
+    fits: whether a block may be taken for (size, arguments); by default blocks are not larger than the problem.
+    float32: the ways for float32, whose tiles take twice the registers.
+    trips: how often the kernel's loop goes round, by arguments and block; for `benchmarks.floors`.
     """
 
-    def __init__(self, function: Any, configs: Sequence[triton.Config], key: Sequence[str]) -> None:
-        self.function, self.configs = function, list(configs)
-        if not INTERPRETED.value:
-            prune = {"early_config_prune": lambda _configs, arguments, **constants: self.fitting(arguments | constants)}
-            key = ["SIZE_M", "SIZE_N", *key]
-            self.tuned = triton.autotune(self.configs, key, prune_configs_by=prune, cache_results=True)(function)
+    def __init__(
+        self,
+        function: Any,
+        blocks: Sequence[tuple[int, int, int, int]],
+        trips: Callable[[dict[str, Any], Block], float],
+        fits: Callable[[Block, tuple[int, int], dict[str, Any]], bool] | None = None,
+        float32: Sequence[tuple[int, int, int, int]] | None = None,
+    ) -> None:
+        self.function, self.blocks, self.trips = function, [Block(*block) for block in blocks], trips
+        self.name = f"{function.__module__.rpartition('.')[2].removesuffix('_triton')}.{function.__name__.strip('_')}"
+        self.fits = fits or (lambda block, size, _arguments: block.m <= size[0] and block.n <= size[1])
+        self.float32 = self.blocks if float32 is None else [Block(*block) for block in float32]
+        self.chosen: dict[tuple, Block] = {}
 
-    def fitting(self, arguments: dict[str, Any]) -> list[triton.Config]:
-        """Configurations whose blocks are not larger than the problem; the last if none is."""
-        size_m, size_n = arguments["SIZE_M"], arguments["SIZE_N"]
-        blocks = (config.kwargs for config in self.configs)
-        fit = [block["BLOCK_M"] <= size_m and block["BLOCK_N"] <= size_n for block in blocks]
-        return [config for config, fits in zip(self.configs, fit, strict=True) if fits] or self.configs[-1:]
+    def fitting(self, size: tuple[int, int], arguments: dict[str, Any]) -> list[Block]:
+        """Blocks that may be taken; the last if none fits."""
+        blocks = self.float32 if self.type_of(arguments) == torch.float32 else self.blocks
+        return [block for block in blocks if self.fits(block, size, arguments)] or blocks[-1:]
 
-    def reproducible(self, arguments: dict[str, Any]) -> triton.Config:
-        """The largest configuration whose pipelined tiles leave room in the shared memory of any recent GPU."""
-        row = arguments["BLOCK_D"] * arguments["q_ptr"].element_size()
-        *larger, smallest = self.fitting(arguments)
-        for config in larger:
-            if row * config.num_stages * (config.kwargs["BLOCK_M"] + config.kwargs["BLOCK_N"]) <= 48 * 1024:
-                return config
-        return smallest
+    @staticmethod
+    def type_of(arguments: dict[str, Any]) -> torch.dtype:
+        """The type of the first tensor."""
+        return next(x.dtype for x in arguments.values() if isinstance(x, Tensor))
 
-    def __call__(self, grid: Callable[[dict[str, int]], tuple[int, ...]], **arguments: Any) -> None:
-        if INTERPRETED.value:
-            self.function[grid](**arguments, **self.configs[-1].all_kwargs())
-        elif torch.are_deterministic_algorithms_enabled():
-            self.function[grid](**arguments, **self.reproducible(arguments).all_kwargs())
-        else:
-            self.tuned[grid](**arguments)
+    def size_class(self, size: tuple[int, int], arguments: dict[str, Any]) -> str:
+        """The name in the table of launches that are tuned together."""
+        dtype = self.type_of(arguments)
+        constants = [f"{key}={arguments[key]}" for key in ("HEAD_DIM", "KERNEL") if key in arguments]
+        return " ".join([*map(str, size), str(dtype).removeprefix("torch."), *constants])
+
+    def choose(self, size: tuple[int, int], arguments: dict[str, Any]) -> Block:
+        """The block of the table, or the first that fits."""
+        fitting = self.fitting(size, arguments)
+        entry = launch_table().get(self.name, {}).get(self.size_class(size, arguments))
+        return Block(*entry) if entry and Block(*entry) in fitting else fitting[0]
+
+    def __call__(self, programs: Callable[[Block], int], size: tuple[int, int], **arguments: Any) -> None:
+        """Launch `programs(block)` programs. size: of the problem, `padded`, which bounds the blocks."""
+        for observe in observers:
+            observe(Launch(self, size, programs, arguments))
+        first = next(x for x in arguments.values() if isinstance(x, Tensor))
+        if first.is_meta:
+            return
+        if INTERPRETED.value:  # the smallest blocks, for then loops go round
+            return self.run(self.fitting(size, arguments)[-1], programs, arguments)
+        key = (size, first.dtype, arguments.get("HEAD_DIM"), arguments.get("KERNEL"))
+        block = self.chosen.get(key)
+        if block is None:
+            tunes = os.environ.get("DEBIFORMER_AUTOTUNE")
+            block = self.tune(tunes, size, programs, arguments) if tunes else self.choose(size, arguments)
+            self.chosen[key] = block
+        self.run(block, programs, arguments)
+
+    def run(self, block: Block, programs: Callable[[Block], int], arguments: dict[str, Any]) -> None:
+        """Launch by one block."""
+        self.function[(programs(block),)](
+            **arguments, BLOCK_M=block.m, BLOCK_N=block.n, num_warps=block.warps, num_stages=block.stages
+        )
+
+    def tune(
+        self, path: str, size: tuple[int, int], programs: Callable[[Block], int], arguments: dict[str, Any]
+    ) -> Block:
+        """Time every block that fits, on the GPU; note the fastest in the table at `path`."""
+
+        def milliseconds(block: Block) -> float:
+            return triton.testing.do_bench(lambda: self.run(block, programs, arguments), return_mode="median")
+
+        fastest = min(self.fitting(size, arguments), key=milliseconds)
+        file = Path(path)
+        table = json.loads(file.read_text()) if file.exists() else {}
+        table.setdefault(self.name, {})[self.size_class(size, arguments)] = list(fastest)
+        write_table(table, file)
+        return fastest
 
 
-def configs(*blocks: tuple[int, int, int, int]) -> list[triton.Config]:
-    """Configurations from (BLOCK_M, BLOCK_N, warps, stages)."""
-    return [
-        triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=warps, num_stages=stages)
-        for m, n, warps, stages in blocks
-    ]
+@functools.cache
+def launch_table() -> dict[str, dict[str, list[int]]]:
+    """Kernel -> size class -> block."""
+    path = Path(os.environ.get("DEBIFORMER_LAUNCHES") or TABLE)
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def write_table(table: dict[str, dict[str, list[int]]], path: Path) -> None:
+    """One line per entry, written at once."""
+    kernels = []
+    for kernel, entries in sorted(table.items()):
+        lines = ",\n".join(f"  {json.dumps(size)}: {json.dumps(block)}" for size, block in sorted(entries.items()))
+        kernels.append(f" {json.dumps(kernel)}: {{\n{lines}\n }}")
+    new = path.with_name(f"{path.name}.{os.getpid()}")
+    new.write_text("{\n" + ",\n".join(kernels) + "\n}\n")
+    new.replace(path)
 
 
 def padded(size: int) -> int:
@@ -74,10 +159,18 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """(B, n, t, C) as it lies, if one stride leads through all B*n and channels are adjacent; else a copy."""
-    lies_in_rows = x.stride(3) == 1 and (x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1))
+def as_tokens(x: Tensor) -> Tensor:
+    """(B, H, W, C) as it lies, if one stride leads from token to token and channels are adjacent; else a copy."""
+    lies_in_rows = x.stride(3) == 1 and (x.shape[1] == 1 or x.stride(1) == x.shape[2] * x.stride(2))
     return x if lies_in_rows else x.contiguous()
+
+
+def strides(**maps: Tensor) -> dict[str, int]:
+    """NAME_image and NAME_token of maps (B, H, W, C)."""
+    return {
+        **{f"{name}_image": x.stride(0) for name, x in maps.items()},
+        **{f"{name}_token": x.stride(2) for name, x in maps.items()},
+    }
 
 
 @triton.jit
@@ -119,13 +212,11 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def softmax_step(logits, largest, total):
-    """One step of the online softmax over base-2 logits (M, N).
+    """One step of the online softmax over base-2 logits (M, N), none of whose rows is -inf throughout.
 
-    Returns the new largest logit and sum per row, the weights (M, N), and the factor that shrinks earlier sums. While
-    a row has met only -inf, its weights are zeros.
+    Returns the new largest logit and sum per row, the weights (M, N), and the factor that shrinks earlier sums.
     """
     new = tl.maximum(largest, tl.max(logits, 1))
-    anchor = tl.where(new == float("-inf"), 0.0, new)
-    weights = tl.exp2(logits - anchor[:, None])
-    shrink = tl.exp2(largest - anchor)
+    weights = tl.exp2(logits - new[:, None])
+    shrink = tl.exp2(largest - new)
     return new, total * shrink + tl.sum(weights, 1), weights, shrink

@@ -1,15 +1,17 @@
 """Bi-level routing attention as arithmetic (BiFormer, arXiv 2303.08810, section 3.2).
 
-Letters: B batch, P windows, w tokens per window, C channels, m heads, k routed windows.
+Letters: B batch, Hq x Wq map of queries, H x W map of keys, C channels, P windows, w tokens per window, m heads,
+k routed windows.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from . import routed_torch
 from .backend import WORKSPACE, choose_backend
+from .operators import differentiable
+from .windows import from_windows, pair, to_windows
 
 
 def route_windows(q_win: Tensor, k_win: Tensor, topk: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -27,38 +29,42 @@ def routed_attention(
     k: Tensor,
     v: Tensor,
     idx: Tensor,
+    n_win: int | tuple[int, int],
     num_heads: int,
     scale: float,
-    key_mask: Tensor | None = None,
     backend: str | None = None,
     workspace: int = WORKSPACE,
 ) -> Tensor:
     """Every token of a window attends to all tokens of its routed windows (eqs. 5-6).
 
-    q: (B, P, w_q, C); k, v: (B, P, w, C); idx: (B, P, k) int64 window numbers in 0..P-1, repeats allowed.
-    Channels are split in `num_heads` consecutive heads.
-    key_mask: (B, P, w) bool, False for keys that nobody may read, such as padding; a query without any key
-    left gets zeros. None: all keys are read.
-    backend: see `ops.backend`; ValueError for one that cannot run.
-    workspace: bytes that "torch" may use for gathered windows and their logits at a time, at least one window's.
-    Returns (B, P, w_q, C).
+    Args:
+        q: (B, Hq, Wq, C).
+        k, v: (B, H, W, C).
+        idx: (B, P, k) int64, window numbers in 0..P-1, row-major, each at most once per query window.
+        n_win: windows per side, or rows and columns of windows; they must divide the sides of both maps.
+        num_heads: consecutive parts of the channels that attend by themselves.
+        backend: see `ops.backend`; ValueError for one that cannot run.
+        workspace: bytes that "torch" may use for gathered windows and their logits at a time, at least one window's.
+
+    Returns:
+        (B, Hq, Wq, C).
     """
     name = choose_backend(backend, q, num_heads)
+    rows, columns = pair(n_win)
     if not k.dtype == v.dtype == q.dtype:  # under autocast they may come from different layers
         k, v = k.to(q.dtype), v.to(q.dtype)
     if name == "reference":
-        return routed_attention_reference(q, k, v, idx, key_mask, num_heads, scale)
-    if name == "triton":
-        return _triton(q, k, v, idx, key_mask, num_heads, scale)[0]
-    return _torch(q, k, v, idx, key_mask, num_heads, scale, workspace)
+        return routed_attention_reference(q, k, v, idx, (rows, columns), num_heads, scale)
+    return _attend(q, k, v, idx, rows, columns, num_heads, scale, name, workspace)[0]
 
 
 def routed_attention_reference(
-    q: Tensor, k: Tensor, v: Tensor, idx: Tensor, key_mask: Tensor | None, num_heads: int, scale: float
+    q: Tensor, k: Tensor, v: Tensor, idx: Tensor, n_win: tuple[int, int], num_heads: int, scale: float
 ) -> Tensor:
     """`routed_attention` by copying the routed windows and PyTorch's own attention."""
-    b, p, w, c = k.shape
-    w_q, topk = q.shape[2], idx.shape[-1]
+    (_, height, width, c), topk = q.shape, idx.shape[-1]
+    q, k, v = to_windows(q, n_win), to_windows(k, n_win), to_windows(v, n_win)
+    b, p, w, _ = k.shape
     first_window = p * torch.arange(b, device=idx.device)
     rows = (idx + first_window[:, None, None]).flatten()
 
@@ -66,121 +72,84 @@ def routed_attention_reference(
         x = x.reshape(b * p, w * c).index_select(0, rows)
         return x.view(b * p, topk * w, num_heads, c // num_heads).transpose(1, 2)
 
-    q = q.reshape(b * p, w_q, num_heads, c // num_heads).transpose(1, 2)
-    if key_mask is None:
-        out = F.scaled_dot_product_attention(q, gathered_heads(k), gathered_heads(v), scale=scale)
-    else:
-        readable = key_mask.reshape(b * p, w)[rows].view(b * p, 1, 1, topk * w)
-        nothing = ~readable.any(-1, keepdim=True)
-        out = F.scaled_dot_product_attention(
-            q, gathered_heads(k), gathered_heads(v), attn_mask=readable | nothing, scale=scale
-        ).masked_fill(nothing, 0)
-    return out.transpose(1, 2).reshape(b, p, w_q, c)
+    q = q.reshape(b * p, -1, num_heads, c // num_heads).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, gathered_heads(k), gathered_heads(v), scale=scale)
+    return from_windows(out.transpose(1, 2).reshape(b, p, -1, c), n_win, height, width)
 
 
-# -- the backends as operators ------------------------------------------------------------------------------------
-# torch.compile and torch.export see each as one node. Bodies run on real tensors only, so Triton loads on first use.
+# -- the fast backends as one operator ----------------------------------------------------------------------------
 
 
-@torch.library.custom_op("debiformer::routed_attention_torch", mutates_args=())
-def _torch(
-    q: Tensor, k: Tensor, v: Tensor, idx: Tensor, key_mask: Tensor | None, num_heads: int, scale: float, workspace: int
-) -> Tensor:
-    return routed_torch.forward(q, k, v, idx, key_mask, num_heads, scale, workspace)
-
-
-@torch.library.custom_op("debiformer::routed_attention_torch_backward", mutates_args=())
-def _torch_backward(
-    grad: Tensor,
+def _forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     idx: Tensor,
-    key_mask: Tensor | None,
+    rows: int,
+    columns: int,
     num_heads: int,
     scale: float,
+    backend: str,
     workspace: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return routed_torch.backward(grad, q, k, v, idx, key_mask, num_heads, scale, workspace)
-
-
-@torch.library.custom_op("debiformer::routed_attention_triton", mutates_args=())
-def _triton(
-    q: Tensor, k: Tensor, v: Tensor, idx: Tensor, key_mask: Tensor | None, num_heads: int, scale: float
 ) -> tuple[Tensor, Tensor]:
+    """Output, and what the backend wants to know of it in backward (nothing, for "torch")."""
+    if backend == "torch":
+        out = routed_torch.forward(q, k, v, idx, (rows, columns), num_heads, scale, workspace)
+        return out, q.new_empty(0, dtype=torch.float32)
     from . import routed_triton
 
-    return routed_triton.forward(q, k, v, idx, key_mask, num_heads, scale)
+    return routed_triton.forward(q, k, v, idx, (rows, columns), num_heads, scale)
 
 
-@torch.library.custom_op("debiformer::routed_attention_triton_backward", mutates_args=())
-def _triton_backward(
+def _backward(
     grad: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     idx: Tensor,
-    key_mask: Tensor | None,
     out: Tensor,
     lse: Tensor,
+    rows: int,
+    columns: int,
     num_heads: int,
     scale: float,
+    backend: str,
+    workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    if backend == "torch":
+        return routed_torch.backward(grad, q, k, v, idx, (rows, columns), num_heads, scale, workspace)
     from . import routed_triton
 
-    return routed_triton.backward(grad, q, k, v, idx, key_mask, out, lse, num_heads, scale)
+    return routed_triton.backward(grad, q, k, v, idx, out, lse, (rows, columns), num_heads, scale)
 
 
-@_torch.register_fake
-def _(q, k, v, idx, key_mask, num_heads, scale, workspace):  # noqa: ANN001, ANN202
-    return q.new_empty(q.shape)
+def _outputs_like(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    idx: Tensor,
+    rows: int,
+    columns: int,
+    num_heads: int,
+    scale: float,
+    backend: str,
+    _: int,
+) -> tuple[Tensor, Tensor]:
+    lse = (0,) if backend == "torch" else (q.shape[0], num_heads, q.shape[1] * q.shape[2])
+    return q.new_empty(q.shape), q.new_empty(lse, dtype=torch.float32)
 
 
-@_triton.register_fake
-def _(q, k, v, idx, key_mask, num_heads, scale):  # noqa: ANN001, ANN202
-    b, p, w_q, _ = q.shape
-    return q.new_empty(q.shape), q.new_empty((b, p, num_heads, w_q), dtype=torch.float32)
+def _products(q: torch.Size, k: torch.Size, idx: torch.Size) -> int:
+    """Operations of one matrix product of all queries and their keys."""
+    return 2 * q.numel() * idx[2] * k[1] * k[2] // idx[1]
 
 
-@_torch_backward.register_fake
-@_triton_backward.register_fake
-def _(grad, q, k, v, *_):  # noqa: ANN001, ANN002, ANN202
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
-def _save_torch(ctx, inputs, output) -> None:  # noqa: ANN001
-    *tensors, ctx.num_heads, ctx.scale, ctx.workspace = inputs
-    ctx.save_for_backward(*tensors)
-
-
-def _grads_torch(ctx, grad):  # noqa: ANN001, ANN202
-    grads = _torch_backward(grad, *ctx.saved_tensors, ctx.num_heads, ctx.scale, ctx.workspace)
-    return *grads, None, None, None, None, None
-
-
-def _save_triton(ctx, inputs, output) -> None:  # noqa: ANN001
-    *tensors, ctx.num_heads, ctx.scale = inputs
-    ctx.save_for_backward(*tensors, *output)
-
-
-def _grads_triton(ctx, grad, _):  # noqa: ANN001, ANN202
-    return *_triton_backward(grad, *ctx.saved_tensors, ctx.num_heads, ctx.scale), None, None, None, None
-
-
-_torch.register_autograd(_grads_torch, setup_context=_save_torch)
-_triton.register_autograd(_grads_triton, setup_context=_save_triton)
-
-
-# PyTorch's counter of floating-point operations: two matrix products forward; backward five, logits being recomputed.
-
-
-@register_flop_formula([torch.ops.debiformer.routed_attention_torch, torch.ops.debiformer.routed_attention_triton])
-def _flops(q_shape, k_shape, v_shape, idx_shape, *_, **__) -> int:  # noqa: ANN001, ANN002, ANN003
-    return 4 * q_shape.numel() * idx_shape[2] * k_shape[2]
-
-
-@register_flop_formula(
-    [torch.ops.debiformer.routed_attention_torch_backward, torch.ops.debiformer.routed_attention_triton_backward]
+_attend = differentiable(
+    *("routed_attention", _forward, _backward, _outputs_like),
+    gradients=range(3),
+    # Backward computes the logits again.
+    flops=(
+        lambda q, k, v, idx, *_, **__: 2 * _products(q, k, idx),
+        lambda grad, q, k, v, idx, *_, **__: 5 * _products(q, k, idx),
+    ),
 )
-def _backward_flops(grad_shape, q_shape, k_shape, v_shape, idx_shape, *_, **__) -> int:  # noqa: ANN001, ANN002, ANN003
-    return 10 * q_shape.numel() * idx_shape[2] * k_shape[2]

@@ -4,9 +4,9 @@ Gathered: a routed window is one contiguous row of w*C numbers, so a gather copi
 backward adds whole rows. The copies are made for a bounded number of query windows at a time and not kept: backward
 gathers again.
 
-Dense: all keys, with the logarithm of how often the query's window reads the key's as a bias, -inf where never. That
-is the same sum, for exp(logit + log n) = n exp(logit). It multiplies more and copies nothing, which is faster where
-windows are small or many of them are read: most of the models' attentions.
+Dense: all keys, with a bias of -inf where the query's window does not read the key's. It multiplies more and copies
+nothing, not even to put tokens in windows, which is faster where windows are small or many of them are read: most of
+the models' attentions.
 
 Letters: B batch, P windows, w tokens per window, C channels, m heads, k routed windows, R query windows at a time,
 I images at a time.
@@ -17,6 +17,8 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from .windows import from_windows, to_windows
 
 
 def window_rows(idx: Tensor) -> Tensor:
@@ -36,12 +38,11 @@ def add_rows_(target: Tensor, rows: Tensor, source: Tensor) -> None:
 class _Chunks:
     """The inputs as rows of windows, and the chunks of query windows whose copies fit the workspace."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, idx: Tensor, key_mask: Tensor | None, num_heads: int) -> None:
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, idx: Tensor, num_heads: int) -> None:
         b, p, self.w, c = k.shape
         self.num_heads, self.keys = num_heads, idx.shape[-1] * self.w
         self.q = q.reshape(b * p, -1, c)
         self.k, self.v = k.reshape(b * p, -1), v.reshape(b * p, -1)
-        self.key_mask = None if key_mask is None else key_mask.reshape(b * p, self.w)
         self.rows = window_rows(idx)
 
     def slices(self, numbers_per_window: int, itemsize: int, workspace: int) -> Iterator[slice]:
@@ -58,12 +59,6 @@ class _Chunks:
         """Routed windows of the chunk's query windows: (R, m, k*w, C/m), a copy."""
         return self.heads(x.index_select(0, self.rows[chunk].flatten()))
 
-    def unreadable(self, chunk: slice) -> tuple[Tensor, Tensor]:
-        """Which keys are masked, (R, 1, 1, k*w), and which query windows have no other, (R, 1, 1, 1)."""
-        masked = ~self.key_mask[self.rows[chunk]].flatten(1)[:, None, None]
-        nothing = masked.all(-1, keepdim=True)
-        return masked & ~nothing, nothing
-
 
 DENSE_COST = 32
 """Most products per product needed at which the dense way wins: queries of a window x windows / routed windows.
@@ -73,16 +68,15 @@ Measured on two CPU cores; a gathered number costs about as much as so many prod
 
 
 class _Dense:
-    """The inputs by heads, (B, m, P*w, C/m), and the bias between all tokens of an image."""
+    """The maps by heads, (B, m, H*W, C/m), and the bias between all tokens of an image."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, idx: Tensor, key_mask: Tensor | None, num_heads: int) -> None:
-        self.num_heads = num_heads
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, idx: Tensor, n_win: tuple[int, int], num_heads: int) -> None:
+        self.num_heads, self.idx = num_heads, idx
         self.q, self.k, self.v = self.heads(q), self.heads(k), self.heads(v)
-        self.idx, self.key_mask = idx, key_mask
-        self.tokens = q.shape[2], k.shape[2]
+        self.q_window, self.k_window = window_of_tokens(q, n_win), window_of_tokens(k, n_win)
 
     def heads(self, x: Tensor) -> Tensor:
-        """(B, P, w, C) -> (B, m, P*w, C/m), a view."""
+        """(B, H, W, C) -> (B, m, H*W, C/m), a view."""
         return x.flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
     def chunks(self, copies: int, itemsize: int, workspace: int) -> Iterator[slice]:
@@ -90,25 +84,25 @@ class _Dense:
         images = max(1, workspace // (copies * self.q.shape[2] * self.k.shape[2] * itemsize))
         return (slice(start, start + images) for start in range(0, len(self.q), images))
 
-    def bias(self, images: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-        """(I, 1, P*w_q, P*w), and which query windows have no key to read (I, 1, P*w_q, 1), None if all have."""
+    def bias(self, images: slice, dtype: torch.dtype) -> Tensor:
+        """(I, 1, Hq*Wq, H*W): 0 where the query's window reads the key's, else -inf."""
         idx = self.idx[images]
-        reads = idx.new_zeros(*idx.shape[:2], idx.shape[1], dtype=dtype)
-        bias = reads.scatter_add_(2, idx, torch.ones_like(idx, dtype=dtype)).log_()
-        bias = bias.repeat_interleave(self.tokens[1], dim=2)
-        nothing = None
-        if self.key_mask is not None:
-            bias.masked_fill_(~self.key_mask[images].flatten(1)[:, None], -torch.inf)
-            nothing = (bias == -torch.inf).all(-1, keepdim=True)
-            bias.masked_fill_(nothing, 0)
-            nothing = nothing.repeat_interleave(self.tokens[0], dim=1)[:, None]
-        return bias.repeat_interleave(self.tokens[0], dim=1)[:, None], nothing
+        bias = torch.full((*idx.shape[:2], idx.shape[1]), -torch.inf, dtype=dtype, device=idx.device)
+        bias.scatter_(2, idx, 0)
+        return bias.index_select(2, self.k_window).index_select(1, self.q_window)[:, None]
+
+
+def window_of_tokens(x: Tensor, n_win: tuple[int, int]) -> Tensor:
+    """Window numbers (H*W) of the tokens of a map (B, H, W, C)."""
+    rows, columns = (
+        torch.arange(side, device=x.device) // (side // n) for side, n in zip(x.shape[1:3], n_win, strict=True)
+    )
+    return (rows[:, None] * n_win[1] + columns).flatten()
 
 
 def _is_dense(q: Tensor, k: Tensor, idx: Tensor, workspace: int) -> bool:
-    p, w_q, topk = q.shape[1], q.shape[2], idx.shape[-1]
-    fits = p * w_q * p * k.shape[2] * q.element_size() <= workspace
-    return fits and w_q * p <= DENSE_COST * topk
+    topk, queries, keys = idx.shape[2], q.shape[1] * q.shape[2], k.shape[1] * k.shape[2]
+    return queries * keys * q.element_size() <= workspace and queries <= DENSE_COST * topk
 
 
 def forward(
@@ -116,14 +110,14 @@ def forward(
     k: Tensor,
     v: Tensor,
     idx: Tensor,
-    key_mask: Tensor | None,
+    n_win: tuple[int, int],
     num_heads: int,
     scale: float,
     workspace: int,
 ) -> Tensor:
     """See `ops.routed_attention`."""
     way = _forward_dense if _is_dense(q, k, idx, workspace) else _forward_gathered
-    return way(q, k, v, idx, key_mask, num_heads, scale, workspace)
+    return way(q, k, v, idx, n_win, num_heads, scale, workspace)
 
 
 def backward(
@@ -132,14 +126,16 @@ def backward(
     k: Tensor,
     v: Tensor,
     idx: Tensor,
-    key_mask: Tensor | None,
+    n_win: tuple[int, int],
     num_heads: int,
     scale: float,
     workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; half precision is computed and summed in float32."""
+    """Gradients of q, k and v, contiguous; half precision is computed and summed in float32."""
     way = _backward_dense if _is_dense(q, k, idx, workspace) else _backward_gathered
-    return way(grad, q, k, v, idx, key_mask, num_heads, scale, workspace)
+    # Autocast would take the products to half precision again.
+    with torch.autocast(q.device.type, enabled=False):
+        return way(grad, q, k, v, idx, n_win, num_heads, scale, workspace)
 
 
 def _forward_dense(
@@ -147,21 +143,18 @@ def _forward_dense(
     k: Tensor,
     v: Tensor,
     idx: Tensor,
-    key_mask: Tensor | None,
+    n_win: tuple[int, int],
     num_heads: int,
     scale: float,
     workspace: int,
 ) -> Tensor:
-    dense = _Dense(q, k, v, idx, key_mask, num_heads)
+    dense = _Dense(q, k, v, idx, n_win, num_heads)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for images in dense.chunks(1, q.element_size(), workspace):
-        bias, nothing = dense.bias(images, q.dtype)
-        read = F.scaled_dot_product_attention(
+        bias = dense.bias(images, q.dtype)
+        dense.heads(out)[images] = F.scaled_dot_product_attention(
             dense.q[images], dense.k[images], dense.v[images], attn_mask=bias, scale=scale
         )
-        if nothing is not None:
-            read = read.masked_fill(nothing, 0)
-        dense.heads(out)[images] = read
     return out
 
 
@@ -171,25 +164,22 @@ def _backward_dense(
     k: Tensor,
     v: Tensor,
     idx: Tensor,
-    key_mask: Tensor | None,
+    n_win: tuple[int, int],
     num_heads: int,
     scale: float,
     workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(q.dtype, torch.float32)
-    dense, grads = _Dense(q, k, v, idx, key_mask, num_heads), [x.new_empty(x.shape) for x in (q, k, v)]
+    dense, grads = _Dense(q, k, v, idx, n_win, num_heads), tuple(x.new_empty(x.shape) for x in (q, k, v))
     dout = dense.heads(grad)
     for images in dense.chunks(3 * num_heads + 1, dtype.itemsize, workspace):
         queries, keys, values, douts = (x[images].to(dtype) for x in (dense.q, dense.k, dense.v, dout))
-        bias, nothing = dense.bias(images, dtype)
         logits = (queries * scale) @ keys.mT
-        weights = logits.add_(bias).softmax(-1)
-        if nothing is not None:
-            douts = douts.masked_fill(nothing, 0)
+        weights = logits.add_(dense.bias(images, dtype)).softmax(-1)
         dlogits = torch._softmax_backward_data(douts @ values.mT, weights, -1, dtype).mul_(scale)
         for target, part in zip(grads, (dlogits @ keys, dlogits.mT @ queries, weights.mT @ douts), strict=True):
             dense.heads(target)[images] = part.to(target.dtype)
-    return tuple(grads)
+    return grads
 
 
 def _forward_gathered(
@@ -197,22 +187,18 @@ def _forward_gathered(
     k: Tensor,
     v: Tensor,
     idx: Tensor,
-    key_mask: Tensor | None,
+    n_win: tuple[int, int],
     num_heads: int,
     scale: float,
     workspace: int,
 ) -> Tensor:
-    chunks = _Chunks(q, k, v, idx, key_mask, num_heads)
+    height, width, c = q.shape[1:]
+    chunks = _Chunks(to_windows(q, n_win), to_windows(k, n_win), to_windows(v, n_win), idx, num_heads)
     out = torch.empty_like(chunks.q, memory_format=torch.contiguous_format)
-    for chunk in chunks.slices(2 * chunks.keys * q.shape[-1], q.element_size(), workspace):
+    for chunk in chunks.slices(2 * chunks.keys * c, q.element_size(), workspace):
         inputs = chunks.heads(chunks.q[chunk]), chunks.gather(chunks.k, chunk), chunks.gather(chunks.v, chunk)
-        if key_mask is None:
-            read = F.scaled_dot_product_attention(*inputs, scale=scale)
-        else:
-            masked, nothing = chunks.unreadable(chunk)
-            read = F.scaled_dot_product_attention(*inputs, attn_mask=~masked, scale=scale).masked_fill(nothing, 0)
-        out[chunk] = read.transpose(1, 2).flatten(2)
-    return out.view(q.shape)
+        out[chunk] = F.scaled_dot_product_attention(*inputs, scale=scale).transpose(1, 2).flatten(2)
+    return from_windows(out.unflatten(0, idx.shape[:2]), n_win, height, width)
 
 
 def _backward_gathered(
@@ -221,49 +207,41 @@ def _backward_gathered(
     k: Tensor,
     v: Tensor,
     idx: Tensor,
-    key_mask: Tensor | None,
+    n_win: tuple[int, int],
     num_heads: int,
     scale: float,
     workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(q.dtype, torch.float32)
-    chunks = _Chunks(q, k, v, idx, key_mask, num_heads)
-    grad_rows = grad.reshape(chunks.q.shape)
+    chunks = _Chunks(to_windows(q, n_win), to_windows(k, n_win), to_windows(v, n_win), idx, num_heads)
+    grad_rows = to_windows(grad, n_win).reshape(chunks.q.shape)
     dq = torch.empty_like(chunks.q, memory_format=torch.contiguous_format)
     dk, dv = torch.zeros_like(chunks.k, dtype=dtype), torch.zeros_like(chunks.v, dtype=dtype)
+    queries_per_window, c = chunks.q.shape[1:]
 
     def rows(x: Tensor) -> Tensor:  # (R, m, k*w, C/m) -> (R*k, w*C)
         return x.transpose(1, 2).reshape(-1, chunks.k.shape[1])
 
     # Per query window: gathered keys and values with their gradients, and four arrays like the logits. Windows that
     # are too large for the workspace are taken one at a time, with as many of their queries at a time as fit.
-    copies, logits = 4 * chunks.keys * q.shape[-1], 4 * chunks.keys * num_heads
-    tile = min(q.shape[2], max(1, (workspace // dtype.itemsize - copies) // logits))
-    for chunk in chunks.slices(copies + logits * q.shape[2], dtype.itemsize, workspace):
+    copies, logits = 4 * chunks.keys * c, 4 * chunks.keys * num_heads
+    tile = min(queries_per_window, max(1, (workspace // dtype.itemsize - copies) // logits))
+    for chunk in chunks.slices(copies + logits * queries_per_window, dtype.itemsize, workspace):
         keys, values = chunks.gather(chunks.k, chunk).to(dtype), chunks.gather(chunks.v, chunk).to(dtype)
-        masked, nothing = (None, None) if key_mask is None else chunks.unreadable(chunk)
         dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
-        for start in range(0, q.shape[2], tile):
+        for start in range(0, queries_per_window, tile):
             part = chunk, slice(start, start + tile)
             queries, dout = chunks.heads(chunks.q[part]).to(dtype), chunks.heads(grad_rows[part]).to(dtype)
-            if nothing is not None:
-                dout = dout.masked_fill(nothing, 0)
-            weights, dlogits = _weights_and_dlogits(queries * scale, keys, values, dout, masked)
+            weights = ((queries * scale) @ keys.mT).softmax(-1)
+            dlogits = torch._softmax_backward_data(dout @ values.mT, weights, -1, dtype)
             dq[part] = (dlogits @ keys).mul_(scale).transpose(1, 2).flatten(2).to(q.dtype)
             dkeys += (dlogits.mT @ queries).mul_(scale)
             dvalues += weights.mT @ dout
         into = chunks.rows[chunk].flatten()
         add_rows_(dk, into, rows(dkeys))
         add_rows_(dv, into, rows(dvalues))
-    return dq.view(q.shape), dk.to(k.dtype).view(k.shape), dv.to(v.dtype).view(v.shape)
 
+    def as_map(x: Tensor, like: Tensor) -> Tensor:
+        return from_windows(x.to(like.dtype).view(*idx.shape[:2], -1, c), n_win, *like.shape[1:3])
 
-def _weights_and_dlogits(
-    q: Tensor, keys: Tensor, values: Tensor, dout: Tensor, masked: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Attention weights, and the gradient of the logits from that of the output."""
-    logits = q @ keys.mT
-    if masked is not None:
-        logits.masked_fill_(masked, -torch.inf)
-    weights = logits.softmax(-1)
-    return weights, torch._softmax_backward_data(dout @ values.mT, weights, -1, weights.dtype)
+    return as_map(dq, q), as_map(dk, k), as_map(dv, v)

@@ -12,7 +12,7 @@ def pad_to_multiple(x: Tensor, multiple: int | tuple[int, int]) -> Tensor:
 
     x: (B, H, W, ...), any dtype; returned unchanged when nothing is missing.
     """
-    multiple_h, multiple_w = _pair(multiple)
+    multiple_h, multiple_w = pair(multiple)
     missing_h, missing_w = _missing(x.shape[1], multiple_h), _missing(x.shape[2], multiple_w)
     if missing_h == 0 and missing_w == 0:
         return x
@@ -25,7 +25,7 @@ def to_windows(x: Tensor, n_win: int | tuple[int, int]) -> Tensor:
     n_win: windows per side, or rows and columns of windows; they must divide H and W.
     """
     b, h, w, c = x.shape
-    rows, columns = _pair(n_win)
+    rows, columns = pair(n_win)
     x = x.reshape(b, rows, h // rows, columns, w // columns, c)
     return x.permute(0, 1, 3, 2, 4, 5).reshape(b, rows * columns, -1, c)
 
@@ -33,9 +33,16 @@ def to_windows(x: Tensor, n_win: int | tuple[int, int]) -> Tensor:
 def from_windows(x: Tensor, n_win: int | tuple[int, int], height: int, width: int) -> Tensor:
     """(B, P, w, C) -> (B, height, width, C): undoes `to_windows`."""
     b, c = x.shape[0], x.shape[-1]
-    rows, columns = _pair(n_win)
+    rows, columns = pair(n_win)
     x = x.reshape(b, rows, columns, height // rows, width // columns, c)
     return x.permute(0, 1, 3, 2, 4, 5).reshape(b, height, width, c)
+
+
+def window_means(x: Tensor, n_win: int | tuple[int, int]) -> Tensor:
+    """(B, H, W, C) -> (B, P, C), the means over the tokens of `to_windows`' windows."""
+    b, h, w, c = x.shape
+    rows, columns = pair(n_win)
+    return x.unflatten(2, (columns, w // columns)).unflatten(1, (rows, h // rows)).mean((2, 4)).view(b, -1, c)
 
 
 def pool_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
@@ -61,5 +68,6 @@ def _missing(side: int, multiple: int) -> int:
     return (side + multiple - 1) // multiple * multiple - side
 
 
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+def pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    """A number for both axes, or one of each."""
     return value if isinstance(value, tuple) else (value, value)

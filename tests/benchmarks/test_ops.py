@@ -11,7 +11,9 @@ from benchmarks import ops as bench
 from runtime.errors import UsageError
 
 CPU = torch.device("cpu")
-ROUTED = bench.Attention("routed_attention", q=(2, 4, 3, 32), k=(2, 4, 5, 32), extra=((2, 4, 3),), num_heads=2, scale=1)
+ROUTED = bench.Attention(
+    *("routed_attention", (2, 4, 3, 32), (2, 4, 5, 32), ((2, 4, 3),)), num_heads=2, scale=1, windows=(4, 1)
+)
 DEFORMABLE = bench.Attention(
     *("deformable_attention", (2, 6, 5, 32), (2, 3, 2, 32)), extra=((4, 11, 9), (2, 3, 2, 2, 2)), num_heads=4, scale=1
 )
@@ -58,8 +60,8 @@ def test_shapes_are_those_that_the_model_runs():
         found = bench.attentions_of(timm.create_model("debiformer_tiny"), torch.empty(8, 3, 224, 224))
     assert [attention.name for attention in found[:3]] == ["routed_attention"] * 2 + ["deformable_attention"]
     tokens, agents, read = found[:3]  # stage 1: 7x7 windows of 8x8 tokens, one of which is read; 7x7 agents
-    assert (tokens.q, tokens.k, tokens.keys_per_query) == ((8, 49, 64, 64), (8, 49, 64, 64), 64)
-    assert (agents.q, agents.k, agents.keys_per_query) == ((8, 49, 1, 64), (8, 49, 64, 64), 4 * 64)
+    assert (tokens.q, tokens.k, tokens.keys_per_query) == ((8, 56, 56, 64), (8, 56, 56, 64), 64)
+    assert (agents.q, agents.k, agents.keys_per_query) == ((8, 7, 7, 64), (8, 56, 56, 64), 4 * 64)
     assert (read.q, read.k, read.keys_per_query) == ((8, 56, 56, 64), (8, 7, 7, 64), 49)
     assert read.extra == ((2, 111, 111), (8, 7, 7, 1, 2))
     assert len(found) == 3 * 3 + 2  # blocks of a stage are alike, and the last has agents only

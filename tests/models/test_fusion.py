@@ -72,7 +72,7 @@ def test_the_identity_is_in_the_kernel(size):
     layer = fill(ResidualDepthwiseConv(4, size))
     fused = layer.fuse()
     assert type(fused) is DepthwiseConv
-    x = torch.randn(2, 4, 6, 7, dtype=torch.float64)
+    x = torch.randn(2, 6, 7, 4, dtype=torch.float64)
     torch.testing.assert_close(fused(x), layer(x))
     assert fused.weight.dtype == torch.float64
 

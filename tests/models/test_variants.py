@@ -133,7 +133,7 @@ def test_top_k_outside_the_number_of_windows_is_refused(topk):
 
 @pytest.mark.parametrize("topk", [1, 4])
 def test_top_k_may_be_one_or_all_windows(topk):
-    logits, idx = Router(n_win=2, topk=topk, scale=1.0)(torch.randn(3, 4, 5, 8), torch.randn(3, 4, 6, 8))
+    logits, idx = Router(n_win=2, topk=topk, scale=1.0)(torch.randn(3, 2, 6, 8), torch.randn(3, 4, 2, 8))
     assert logits.shape == idx.shape == (3, 4, topk)
 
 

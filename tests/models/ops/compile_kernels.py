@@ -1,61 +1,57 @@
-"""Compiles every Triton kernel for compute capability 9.0, without a GPU; prints bytes of shared memory and spilled.
+"""Compiles the Triton kernels for compute capability 9.0, without a GPU; prints bytes of shared memory and spilled.
 
-A program of its own: in the tests' process Triton interprets.
+A program of its own: in the tests' process Triton interprets. Launches are those of small attentions with the heads of
+the models, by the blocks that would be chosen.
 """
 
-import re
-import subprocess
-import tempfile
-from pathlib import Path
+import sys
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import torch
+from attention_cases import Deformable, Routed
 
-from models.ops import deformable_triton, routed_triton, rpe_table_triton
+from benchmarks.machine_code_triton import compile_launch
+from models.ops import deformable_triton, launch_triton, routed_triton, sampling_triton
 
-KERNELS = [
-    *((routed_triton, name) for name in ("_forward", "_backward_q", "_backward_kv")),
-    *((deformable_triton, name) for name in ("_forward", "_backward_q", "_backward_agents")),
+CASES = [
+    Routed(2, (7, 7), (8, 8), (8, 8), 2, 32, 1),
+    Routed(2, (7, 7), (4, 4), (4, 4), 2, 32, 4),
+    Routed(2, (7, 7), (2, 2), (2, 2), 2, 32, 16),
+    Routed(2, (7, 7), (1, 1), (8, 8), 2, 32, 4),
+    Deformable(2, (14, 14), (7, 7), 4, 32, 2, (14, 14)),
+    Deformable(2, (16, 16), (8, 9), 4, 32, 2, (14, 14)),
 ]
-TYPES = {
-    **dict.fromkeys(["lse_ptr", "delta_ptr", "table_ptr", "positions_ptr", "dpositions_ptr", "dtable_ptr"], "*fp32"),
-    **{"idx_ptr": "*i64", "first_ptr": "*i64", "readers_ptr": "*i32", "mask_ptr": "*i1"},
-    **dict.fromkeys(["scale", "step_y", "step_x", "inverse_y", "inverse_x"], "fp32"),
-}
 
 
-def build(kernel, dtype: str, constants: dict, warps: int = 4, stages: int = 1) -> None:
-    signature = {
-        name: "constexpr" if name in constants else TYPES.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
-        for name in kernel.arg_names
-    }
-    source = ASTSource(kernel, signature, constexprs=constants)
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps, "num_stages": stages})
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as binary:
-        binary.write(built.asm["cubin"])
-        binary.flush()
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        report = subprocess.run([tool, "-res-usage", binary.name], capture_output=True, text=True, check=True).stdout
-    print(kernel.__name__, dtype, built.metadata.shared, re.search(r"STACK:(\d+)", report).group(1))
+def run(case, dtype) -> None:
+    tensors, fixed = case.inputs(0)
+    q, k, v, *others = [x.to("meta", dtype) for x in tensors]
+    if isinstance(case, Routed):
+        arguments = q, k, v, fixed[0].to("meta")
+        options = case.windows, case.heads, 0.1
+        out, lse = routed_triton.forward(*arguments, *options)
+        routed_triton.backward(out, *arguments, out, lse, *options)
+    else:
+        arguments = q, k, v, *(x.float() for x in others)
+        out, lse = deformable_triton.forward(*arguments, case.heads, 0.1)
+        deformable_triton.backward(out, *arguments, out, lse, case.heads, 0.1, 2**20)
+        agents = sampling_triton.forward(q, arguments[-1])
+        sampling_triton.backward(agents, q, arguments[-1])
 
 
 def main() -> None:
-    for module, name in KERNELS:
-        run = getattr(module, f"_run{name}")
-        for dtype, bytes_each in (("bf16", 2), ("fp32", 4)):
-            constants = {"HEAD_DIM": 32, "BLOCK_D": 32, "PRECISION": "tf32", "SIZE_M": 64, "SIZE_N": 64}
-            if module is routed_triton:
-                constants |= {"HAS_MASK": True}
-            config = run.reproducible({**constants, "q_ptr": _Element(bytes_each)})
-            build(run.function, dtype, constants | config.kwargs, config.num_warps, config.num_stages)
-    build(routed_triton._invert, "bf16", {"BLOCK": 1024})
-    build(rpe_table_triton._backward, "bf16", {"TAPS_Y": 2, "TAPS_X": 2, "ROWS": 8, "COLUMNS": 64})
-
-
-class _Element:
-    def __init__(self, size: int) -> None:
-        self.element_size = lambda: size
+    found = []
+    launch_triton.observers.append(found.append)
+    for dtype in [getattr(torch, name) for name in sys.argv[1:]] or [torch.bfloat16, torch.float32]:
+        for case in CASES:
+            run(case, dtype)
+    done = set()
+    for launch in found:
+        block = launch.kernel.choose(launch.size, launch.arguments)
+        code = compile_launch(launch.kernel, block, launch.arguments, 90)
+        row = launch.kernel.name, launch.kernel.size_class(launch.size, launch.arguments), *block
+        if row not in done:
+            print(launch.kernel.name, code.shared, code.spilled, *row[1:])
+        done.add(row)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 def attend(dtype=torch.float32, head_dim=16, device="cpu", **options):
     x = torch.ones(1, 4, 1, 2 * head_dim, dtype=dtype, device=device)
     idx = torch.zeros(1, 4, 1, dtype=torch.int64, device=device)
-    return ops.routed_attention(x, x, x, idx, 2, 1.0, **options)
+    return ops.routed_attention(x, x, x, idx, (4, 1), 2, 1.0, **options)
 
 
 @pytest.fixture
@@ -113,12 +113,14 @@ def test_models_give_the_same_outputs_and_gradients_with_every_backend(name, dev
         assert (grads[key].double() - grad).norm() < 1e-4 * grad.norm() + 1e-6 * largest, key
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_a_gpu_and_keep_their_numbers_in_registers():
-    """Compiling needs no GPU. Each line: kernel, type, bytes of shared memory, bytes spilled from registers."""
-    done = command("tests/models/ops/compile_kernels.py", TRITON_INTERPRET="0", PYTHONPATH=".")
+    """Compiling needs no GPU. Each line: kernel, bytes of shared memory, bytes spilled from registers."""
+    done = command("tests/models/ops/compile_kernels.py", TRITON_INTERPRET="0", PYTHONPATH=".:tests")
     assert done.returncode == 0, done.stderr
     lines = [line.split() for line in done.stdout.splitlines()]
-    assert len(lines) == 14
-    for _, _, shared, spilled in lines:
-        assert int(shared) <= 99 * 1024  # what a program may use on every GPU since compute capability 8.0
-        assert int(spilled) <= 256
+    assert len({kernel for kernel, *_ in lines}) == 14
+    for kernel, shared, spilled, *_ in lines:
+        # What a program may use on every GPU since compute capability 8.0, or on those that are asked.
+        assert int(shared) <= (112 if kernel == "masked.backward" else 99) * 1024, kernel
+        assert int(spilled) == 0, kernel

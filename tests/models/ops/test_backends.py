@@ -19,11 +19,10 @@ from attention_cases import (
 )
 from torch.library import opcheck
 
-from models import ops
 from models.ops import deformable, routed
 
 ALL = [*ROUTED, *DEFORMABLE]
-SMALL = [pytest.param(Routed(2, 4, 3, 5, 2, 16, 2, masked=0.3), id="routed")]
+SMALL = [pytest.param(Routed(2, (2, 2), (3, 1), (1, 5), 2, 16, 2), id="routed")]
 SMALL += [pytest.param(Deformable(2, (3, 4), (2, 3), 2, 16, 1, (3, 4)), id="deformable")]
 on_devices = pytest.mark.parametrize("device", DEVICES)
 by_fast_backends = pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -106,30 +105,7 @@ def test_inputs_may_be_parts_of_one_tensor(case, backend, device):
 
 
 @on_devices
-@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
-def test_masked_keys_are_not_read_and_a_query_without_keys_gets_zeros(backend, device):
-    case = Routed(1, 4, 3, 5, 2, 16, 2)
-    (q, k, v), (idx, _) = case.inputs(0)
-    q, k, v, idx = q.float().to(device), k.float().to(device), v.float().to(device), idx.to(device)
-    mask = torch.rand(1, 4, 5, generator=torch.Generator().manual_seed(2)).to(device) < 0.5
-    mask[0, 1] = False
-    idx[0, 0] = 1  # reads nothing but masked keys
-    outs = []
-    for masked_number in (0.0, 1e4):
-        k[~mask], v[~mask] = masked_number, -masked_number
-        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-        out = ops.routed_attention(*inputs, idx, 2, 0.25, mask, backend=backend)
-        outs.append(out)
-        dq, dk, dv = torch.autograd.grad(out.square().sum(), inputs)
-        assert all(x.isfinite().all() for x in (out, dq, dk, dv))
-        assert out[0, 0].count_nonzero() == dq[0, 0].count_nonzero() == 0
-        assert dk[~mask].count_nonzero() == dv[~mask].count_nonzero() == 0
-        assert dv[mask].count_nonzero() > 0
-    assert torch.equal(*outs)
-
-
-@on_devices
-@pytest.mark.parametrize(("windows", "topk"), [(1, 1), (9, 1), (9, 9), (5, 30), (40, 30)])
+@pytest.mark.parametrize(("windows", "topk"), [(1, 1), (9, 1), (9, 9), (40, 30)])
 def test_every_window_is_told_who_reads_it(windows, topk, device):
     from models.ops.routed_triton import invert_routes
 
@@ -140,7 +116,7 @@ def test_every_window_is_told_who_reads_it(windows, topk, device):
     for image in range(2):
         for window in range(windows):
             j = image * windows + window
-            expected = [image * windows + p for p in range(windows) for i in idx[image, p].tolist() if i == window]
+            expected = [p for p in range(windows) for i in idx[image, p].tolist() if i == window]
             assert readers[first[j] : first[j + 1]] == expected
 
 
@@ -165,19 +141,15 @@ def test_backward_keeps_the_inputs_and_no_copies_of_windows_or_biases(case, back
 # -- operators ----------------------------------------------------------------------------------------------------
 
 
-def operator_arguments(case, name, device):
-    tensors, fixed = on_device(case.inputs(0), device)
-    tensors = [x.float().requires_grad_() for x in tensors]
-    options = (case.heads, 0.25, 2**20)
-    return (*tensors, *fixed, *(options[:2] if (name, type(case)) == ("_triton", Routed) else options))
-
-
 @on_devices
 @by_fast_backends
 @pytest.mark.parametrize("case", SMALL)
 def test_operators_keep_what_torch_asks_of_them(case, backend, device):
-    operator = getattr(routed if isinstance(case, Routed) else deformable, f"_{backend}")
-    opcheck(operator, operator_arguments(case, f"_{backend}", device))
+    tensors, fixed = on_device(case.inputs(0), device)
+    tensors = [x.float().requires_grad_() for x in tensors]
+    windows = case.windows if isinstance(case, Routed) else ()
+    operator = (routed if isinstance(case, Routed) else deformable)._attend
+    opcheck(operator, (*tensors, *fixed, *windows, case.heads, 0.25, backend, 2**20))
 
 
 @on_devices
@@ -216,6 +188,6 @@ def test_exported_programs_hold_one_operator(case, backend, device):
     program = torch.export.export(Attention(), tensors)
     names = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert [name for name in names if "getitem" not in name] == [
-        f"debiformer.{type(case).__name__.lower()}_attention_{backend}.default"
+        f"debiformer.{type(case).__name__.lower()}_attention.default"
     ]
     assert torch.equal(program.module()(*tensors), case.call(list(tensors), fixed, backend))

@@ -16,8 +16,13 @@ def normal(*shape, seed=0):
 
 
 def random_idx(b, p, k, seed=0):
-    """Window numbers with repeats."""
-    return torch.randint(p, (b, p, k), generator=torch.Generator().manual_seed(seed))
+    """Different window numbers for each window."""
+    return torch.rand(b, p, p, generator=torch.Generator().manual_seed(seed)).topk(k).indices
+
+
+def attend_rows(q, k, v, idx, *options):
+    """Maps whose windows are their rows: (B, P, w, C)."""
+    return ops.routed_attention(q, k, v, idx, (q.shape[1], 1), *options)
 
 
 def attention_by_loops(q, k, v, idx, num_heads, scale):
@@ -47,17 +52,17 @@ def attention_by_loops(q, k, v, idx, num_heads, scale):
     p=st.integers(1, 4),
     w=st.integers(1, 3),
     w_q=st.integers(1, 4),
-    k=st.integers(1, 5),
+    data=st.data(),
     num_heads=st.integers(1, 3),
     width=st.integers(1, 3),
     seed=st.integers(0, 99),
 )
-def test_routed_attention_equals_loops(b, p, w, w_q, k, num_heads, width, seed):
-    """Any number of query tokens per window, and idx with repeats, fewer or more windows than there are."""
-    c = num_heads * width
+def test_routed_attention_equals_loops(b, p, w, w_q, data, num_heads, width, seed):
+    """Any number of query tokens per window."""
+    c, k = num_heads * width, data.draw(st.integers(1, p))
     q, keys, values = normal(b, p, w_q, c, seed=seed), normal(b, p, w, c, seed=seed + 1), normal(b, p, w, c, seed=-seed)
     idx = random_idx(b, p, k, seed)
-    out = ops.routed_attention(q, keys, values, idx, num_heads, scale=0.7)
+    out = attend_rows(q, keys, values, idx, num_heads, 0.7)
     torch.testing.assert_close(out, attention_by_loops(q, keys, values, idx, num_heads, 0.7), rtol=1e-12, atol=1e-12)
 
 
@@ -65,7 +70,7 @@ def test_one_routed_window_is_attention_to_that_window():
     q, k, v = normal(1, 3, 2, 4), normal(1, 3, 5, 4, seed=1), normal(1, 3, 5, 4, seed=2)
     idx = torch.tensor([[[2], [2], [0]]])
     expected = torch.stack([(q[0, p] @ k[0, i].T * 0.5).softmax(-1) @ v[0, i] for p, i in enumerate([2, 2, 0])])[None]
-    torch.testing.assert_close(ops.routed_attention(q, k, v, idx, 1, 0.5), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(attend_rows(q, k, v, idx, 1, 0.5), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_all_windows_in_any_order_are_full_attention():
@@ -74,30 +79,30 @@ def test_all_windows_in_any_order_are_full_attention():
     flat_q, flat_k, flat_v = (x.reshape(b, p * w, c) for x in (q, k, v))
     expected = ((flat_q @ flat_k.mT * 0.3).softmax(-1) @ flat_v).view(b, p, w, c)
     orders = torch.stack([torch.randperm(p, generator=torch.Generator().manual_seed(i)) for i in range(b * p)])
-    out = ops.routed_attention(q, k, v, orders.view(b, p, p), 1, 0.3)
+    out = attend_rows(q, k, v, orders.view(b, p, p), 1, 0.3)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_a_repeated_window_counts_twice():
-    q, k, v = normal(1, 2, 1, 2), normal(1, 2, 2, 2, seed=1), normal(1, 2, 2, 2, seed=2)
-    twice = ops.routed_attention(q, k, v, torch.tensor([[[0, 0, 1]] * 2]), 1, 1.0)
-    weights = torch.cat([2 * (q[0] @ k[0, 0].T).exp(), (q[0] @ k[0, 1].T).exp()], dim=-1)  # (P, 1, 2w)
-    expected = (weights / weights.sum(-1, keepdim=True)) @ v[0].flatten(0, 1)
-    torch.testing.assert_close(twice[0], expected, rtol=1e-12, atol=1e-12)
+def test_windows_of_rows_and_columns_are_those_of_to_windows():
+    q, k, v = (normal(2, 6, 4, 4, seed=seed) for seed in range(3))
+    idx = random_idx(2, 6, 2)
+    expected = attend_rows(*(ops.to_windows(x, (3, 2)) for x in (q, k, v)), idx, 2, 0.5)
+    out = ops.routed_attention(q, k, v, idx, (3, 2), 2, 0.5)
+    torch.testing.assert_close(ops.to_windows(out, (3, 2)), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_gradients_of_routed_attention():
     q, k, v = (normal(2, 3, w, 4, seed=w).requires_grad_() for w in (1, 2, 2))
-    idx = torch.tensor([[[0, 0], [2, 1], [1, 1]], [[1, 2], [0, 2], [2, 2]]])
-    assert gradcheck(lambda *x: ops.routed_attention(*x, idx, num_heads=2, scale=0.5), (q, k, v))
+    idx = torch.tensor([[[0, 2], [2, 1], [1, 0]], [[1, 2], [0, 2], [2, 1]]])
+    assert gradcheck(lambda *x: attend_rows(*x, idx, 2, 0.5), (q, k, v))
 
 
 def test_inputs_may_be_views():
     b, p, w, c = 2, 4, 3, 4
     q, k, v = normal(b, p, w, 3 * c).chunk(3, dim=-1)
     idx = random_idx(b, p, 2)
-    out = ops.routed_attention(q, k, v, idx, 2, 1.0)
-    assert torch.equal(out, ops.routed_attention(q.contiguous(), k.contiguous(), v.contiguous(), idx, 2, 1.0))
+    out = attend_rows(q, k, v, idx, 2, 1.0)
+    assert torch.equal(out, attend_rows(q.contiguous(), k.contiguous(), v.contiguous(), idx, 2, 1.0))
 
 
 @examples

@@ -1,0 +1,141 @@
+"""Every operator of one step of a model, without a GPU and without computing: on fake tensors of a GPU's layouts.
+
+Training is traced on fake CPU tensors, where autograd runs, with those of autocast's rules that are CUDA's.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+from unittest import mock
+
+import timm
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+import models  # noqa: F401
+from models.ops import backend
+from models.ops.operators import NAMESPACE
+
+Spec = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+"""Shape, strides and type of a tensor."""
+WITHOUT_A_KERNEL = {"detach", "empty", "new_empty", "empty_like", "empty_strided", "device", "lift_fresh", "set_"}
+KERNELS = {"convolution_backward": 3, "native_layer_norm_backward": 2, "topk": 2, "grid_sampler_2d_backward": 2}
+"""Kernels of an operator, where there are several."""
+
+
+@dataclass
+class Call:
+    """One operator that runs. arguments: with `Spec`s in place of tensors."""
+
+    name: str
+    arguments: tuple[Any, ...]
+    inputs: list[Spec]
+    outputs: list[Spec]
+    kernels: int = field(default=1)
+
+    @property
+    def ours(self) -> bool:
+        return self.name.startswith(f"{NAMESPACE}::")
+
+    @property
+    def bytes(self) -> int:
+        """Of inputs and outputs, each once."""
+        return sum(map(size_in_bytes, self.inputs + self.outputs))
+
+
+def size_in_bytes(spec: Spec) -> int:
+    return prod(spec[0]) * spec[2].itemsize
+
+
+def spec_of(x: Tensor) -> Spec:
+    return tuple(x.shape), tuple(x.stride()), x.dtype
+
+
+def is_spec(x: Any) -> bool:
+    return isinstance(x, tuple) and len(x) == 3 and isinstance(x[2], torch.dtype)
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes what runs, but for views and allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = function(*args, **(kwargs or {}))
+        name = function.name()
+        plain = name.rpartition("::")[2].partition(".")[0]
+        inputs, outputs = ([x for x in tree_leaves(t) if isinstance(x, Tensor)] for t in ((args, kwargs), out))
+        storages = {x.untyped_storage()._cdata for x in inputs}
+        is_view = outputs and all(x.untyped_storage()._cdata in storages for x in outputs)
+        if plain in WITHOUT_A_KERNEL or not outputs or (is_view and not function._schema.is_mutable):
+            return out
+        bias = plain == "convolution" and len(inputs) == 3  # added by a kernel of its own
+        specs = tree_map_only(Tensor, spec_of, args)
+        call = Call(name, specs, list(map(spec_of, inputs)), list(map(spec_of, outputs)), KERNELS.get(plain, 1) + bias)
+        self.calls.append(call)
+        return out
+
+
+@contextlib.contextmanager
+def _as_on_a_gpu(device: str) -> Iterator[None]:
+    """Choices that look at the machine are made as on a GPU."""
+    layer_norm = F.layer_norm
+
+    def in_float32(x: Tensor, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5) -> Tensor:
+        if not torch.is_autocast_enabled(device):
+            return layer_norm(x, shape, weight, bias, eps)
+        with torch.autocast(device, enabled=False):
+            return layer_norm(x.float(), shape, weight, bias, eps)
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(backend, "triton_obstacle", return_value=None))
+        stack.enter_context(mock.patch.object(torch.backends.mkldnn, "is_available", return_value=False))
+        stack.enter_context(backend.use_backend("triton"))
+        if device == "cpu":
+            stack.enter_context(mock.patch.object(F, "layer_norm", in_float32))
+        yield
+
+
+def trace(name: str, task: str, batch_size: int, size: int = 224, dtype: torch.dtype = torch.bfloat16) -> list[Call]:
+    """The operators of one eager step: inference with weights in `dtype`, or training under autocast."""
+    device = "cuda" if task == "inference" else "cpu"
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    model = model.to(memory_format=torch.channels_last)
+    model = model.eval().to(dtype) if task == "inference" else model.train()
+    recorder = _Recorder()
+    with FakeTensorMode(allow_non_fake_inputs=True), _as_on_a_gpu(device):
+        model = _on(device, model)
+        images = torch.empty(batch_size, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
+        if task == "inference":
+            with torch.no_grad(), recorder:
+                model(images.to(dtype))
+        else:
+            targets = torch.zeros(batch_size, dtype=torch.int64, device=device)
+            with recorder:
+                with torch.autocast(device, dtype):
+                    loss = F.cross_entropy(model(images), targets)
+                loss.backward()
+    return recorder.calls
+
+
+def _on(device: str, model: nn.Module) -> nn.Module:
+    """The model, now with fake tensors on a device that need not exist."""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers):
+            for key, x in tensors.items():
+                if x is None:
+                    continue
+                fake = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=device)
+                tensors[key] = nn.Parameter(fake, x.requires_grad) if isinstance(x, nn.Parameter) else fake
+    return model

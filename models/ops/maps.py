@@ -1,0 +1,167 @@
+"""What the layers compute of a map besides attention, in the form that is fastest where it runs.
+
+Letters: B batch, H x W map, C channels.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .backend import choose_backend
+from .operators import differentiable
+
+_ONEDNN = torch.backends.mkldnn.is_available()
+
+
+def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A linear layer on the last axis: (..., C_in) -> (..., C_out). weight: (C_out, C_in).
+
+    In float32 on a CPU a map (B, H, W, C_in) goes through a 1x1 convolution: oneDNN's reaches twice the speed of a
+    matrix product on processors that MKL was not made for, and the same on the others.
+    """
+    if _ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and x.ndim == 4:
+        return F.conv2d(x.permute(0, 3, 1, 2), weight[..., None, None], bias).permute(0, 2, 3, 1)
+    return F.linear(x, weight, bias)
+
+
+def depthwise(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None = None,
+    gelu: bool = False,
+    stride: int = 1,
+) -> Tensor:
+    """A depthwise convolution and what surrounds it: act(residual + conv(x) + bias).
+
+    Args:
+        x: (B, H, W, C).
+        weight: (C, 1, k, k), k odd; a side s becomes ceil(s / stride).
+        residual: x itself or another map like it, which is added.
+        gelu: whether act is GELU (exact), or nothing.
+
+    Returns:
+        (B, ceil(H / stride), ceil(W / stride), C).
+    """
+    channels, _, size, _ = weight.shape
+    if choose_backend(None, x) == "triton" and size <= 5 and stride == 1:
+        bias = weight.new_empty(0) if bias is None else bias
+        if residual is None or residual is x:
+            return _convolve(x, weight, bias, residual is x, gelu)
+        if not gelu:
+            dtype = torch.promote_types(x.dtype, residual.dtype)
+            return _convolve_and_add(x.to(dtype), weight, bias, residual.to(dtype))
+    maps = x.permute(0, 3, 1, 2)
+    if residual is x and _merges(x):
+        weight, residual = weight + F.pad(weight.new_ones(1, 1), [size // 2] * 4), None
+    out = F.conv2d(maps, weight, bias, stride, size // 2, groups=channels).permute(0, 2, 3, 1)
+    out = out if residual is None else residual + out
+    return F.gelu(out) if gelu else out
+
+
+def _merges(x: Tensor) -> bool:
+    """Whether x + conv(x) is one convolution, whose kernel has the identity in it.
+
+    In half precision it is not: beside the one, the kernel would lose its last digits.
+    """
+    exact = x.dtype in (torch.float32, torch.float64) and x.device.type in ("cpu", "cuda")
+    return exact and not torch.is_autocast_enabled(x.device.type)
+
+
+def add_norm(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The sum x + branch of maps (..., C), or x alone, and its LayerNorm over the channels."""
+    if choose_backend(None, x) == "triton":
+        if branch is None:
+            return x, _norm(x, weight, bias, eps)
+        dtype = torch.promote_types(x.dtype, branch.dtype)
+        return _add_norm(x.to(dtype), branch.to(dtype), weight, bias, eps)
+    x = x if branch is None else x + branch
+    return x, F.layer_norm(x, weight.shape, weight, bias, eps)
+
+
+# -- operators on GPUs; a bias that is missing is empty ------------------------------------------------------------
+
+
+def _convolve_forward(x: Tensor, weight: Tensor, bias: Tensor, itself: bool, gelu: bool) -> Tensor:
+    from . import depthwise_triton
+
+    return depthwise_triton.forward(x, weight, bias, x if itself else None, gelu)
+
+
+def _convolve_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, itself: bool, gelu: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    from . import depthwise_triton
+
+    return depthwise_triton.backward(grad, x, weight, bias, itself, gelu)
+
+
+_convolve = differentiable(
+    *("depthwise", _convolve_forward, _convolve_backward, lambda x, *_: x.new_empty(x.shape)), gradients=range(3)
+)
+
+
+def _convolve_and_add_forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    from . import depthwise_triton
+
+    return depthwise_triton.forward(x, weight, bias, residual, gelu=False)
+
+
+def _convolve_and_add_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, out: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    from . import depthwise_triton
+
+    return depthwise_triton.backward(grad, x, weight, bias, itself=False, gelu=False)
+
+
+_convolve_and_add = differentiable(
+    *("depthwise_add", _convolve_and_add_forward, _convolve_and_add_backward, lambda x, *_: x.new_empty(x.shape)),
+    gradients=(0, 1, 2, -1),
+)
+
+
+def _norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    from . import norm_triton
+
+    return norm_triton.forward(x, None, weight, bias, eps)[1]
+
+
+def _norm_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    from . import norm_triton
+
+    return norm_triton.backward(None, grad, x, weight, eps)
+
+
+_norm = differentiable(*("norm", _norm_forward, _norm_backward, lambda x, *_: x.new_empty(x.shape)), gradients=range(3))
+
+
+def _add_norm_forward(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    from . import norm_triton
+
+    return norm_triton.forward(x, branch, weight, bias, eps)
+
+
+def _add_norm_backward(
+    dsum: Tensor,
+    dnormed: Tensor,
+    x: Tensor,
+    branch: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    total: Tensor,
+    normed: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from . import norm_triton
+
+    return norm_triton.backward(dsum, dnormed, total, weight, eps)
+
+
+_add_norm = differentiable(
+    *("add_norm", _add_norm_forward, _add_norm_backward, lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape))),
+    gradients=(0, 0, 1, 2),
+    differentiated=2,
+)

@@ -1,0 +1,93 @@
+"""Functions with a backward pass of their own, as operators: torch.compile, torch.export and autograd see one node.
+
+An operator takes tensors, then options, and returns one or more tensors; `NAME_backward` takes the gradients of the
+first outputs, the tensors, all outputs and the options. Bodies run on real tensors only, on the tensors' own device.
+"""
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+NAMESPACE = "debiformer"
+_bodies: dict[str, Callable[..., Any]] = {}
+
+
+def body(name: str) -> Callable[..., Any]:
+    """What an operator runs."""
+    return _bodies[name]
+
+
+def differentiable(
+    name: str,
+    forward: Callable[..., Any],
+    backward: Callable[..., tuple[Tensor, ...]],
+    outputs_like: Callable[..., Any],
+    gradients: Sequence[int],
+    differentiated: int = 1,
+    flops: tuple[Callable[..., int], Callable[..., int]] | None = None,
+) -> torch.library.CustomOpDef:
+    """Register `forward` and `backward` as operators.
+
+    Args:
+        outputs_like: forward's arguments -> empty tensors like its outputs.
+        gradients: for each of the first inputs, which of the tensors that backward returns is its gradient; -1: the
+            incoming gradient is. Backward returns contiguous tensors that share no memory.
+        differentiated: how many of the first outputs have gradients, which backward takes.
+        flops: floating-point operations of forward and backward, by the arguments with shapes in place of tensors.
+    """
+    operator, backward_operator = (
+        torch.library.custom_op(
+            f"{NAMESPACE}::{full_name}", _on_device(function), mutates_args=(), schema=_schema(function)
+        )
+        for full_name, function in ((name, forward), (f"{name}_backward", backward))
+    )
+    _bodies.update({name: forward, f"{name}_backward": backward})
+    operator.register_fake(outputs_like)
+    firsts = [gradients.index(number) for number in range(max(gradients) + 1)]
+    backward_operator.register_fake(
+        lambda *arguments: tuple(
+            arguments[differentiated + i].new_empty(arguments[differentiated + i].shape) for i in firsts
+        )
+    )
+
+    def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        tensors = [x for x in inputs if isinstance(x, Tensor)]
+        ctx.options = inputs[len(tensors) :]
+        ctx.inputs = len(inputs)
+        ctx.save_for_backward(*tensors, *(output if isinstance(output, tuple) else (output,)))
+        ctx.set_materialize_grads(False)  # else there would be a tensor of zeros for every output without a gradient
+
+    def spread(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        outputs = saved[len(saved) - len(grads) :]
+        given = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, outputs, strict=True)][:differentiated]
+        found = backward_operator(*given, *saved, *ctx.options)
+        of_inputs = (grads[0] if number < 0 else found[number] for number in gradients)
+        return (*of_inputs, *(None,) * (ctx.inputs - len(gradients)))
+
+    operator.register_autograd(spread, setup_context=save)
+    if flops:
+        packets = (getattr(getattr(torch.ops, NAMESPACE), n) for n in (name, f"{name}_backward"))
+        for packet, count in zip(packets, flops, strict=True):
+            register_flop_formula(packet)(count)
+    return operator
+
+
+def _schema(function: Callable[..., Any]) -> str:
+    return torch.library.infer_schema(function, mutates_args=())
+
+
+def _on_device(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, run with its first tensor's GPU as the current one: Triton launches on the current GPU."""
+
+    def run(*arguments: Any) -> Any:
+        device = arguments[0].device
+        elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+        with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
+            return function(*arguments)
+
+    return run
