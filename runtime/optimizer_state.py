@@ -42,7 +42,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, path: Path) -> 
             if name not in now and not _is_like(value, example.get(name)):
                 raise damaged
     groups = [
-        {**now, **group, **{name: now[name] for name in GIVEN if name in now}}
+        {**now, **{name: value for name, value in group.items() if name not in GIVEN}}
         for group, now in zip(theirs, ours, strict=True)
     ]
     optimizer.load_state_dict({"state": saved["state"], "param_groups": groups})

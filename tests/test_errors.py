@@ -9,7 +9,12 @@ from support import ROOT
 
 def run(script):
     return subprocess.run(
-        [sys.executable, "-c", f"import sys; from runtime import errors; errors.exit_on_error('x', lambda: {script})", b"bad\xff"],
+        [
+            sys.executable,
+            "-c",
+            f"import sys; from runtime import errors; errors.exit_on_error('x', lambda: {script})",
+            b"bad\xff",
+        ],
         cwd=ROOT,
         env={**os.environ, "PYTHONUTF8": "1", "PYTHONIOENCODING": "utf-8:strict"},
         capture_output=True,

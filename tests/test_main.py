@@ -307,6 +307,7 @@ def test_going_on_with_another_architecture_is_refused_for_that(run_small, small
 
 def test_evaluating_other_images_than_trained_on_is_told(run_small, small_options, capsys):
     best = str(run_small("--epochs", "1") / BEST)
+    capsys.readouterr()
     main.run(small_options("--eval", "--resume", best))
     assert "note:" not in capsys.readouterr().err
     main.run(small_options("--eval", "--resume", best, "--input_size", "64", "--crop_pct", "0.5"))
@@ -569,7 +570,8 @@ def test_a_stopped_run_prints_a_command_that_goes_on(small_options, monkeypatch)
 
 
 def test_a_mistake_leaves_no_folder(small_options):
-    options = small_options("--sched", "nope")
+    options = small_options()
+    options.sched = "nope"
     with pytest.raises(UsageError):
         main.run(options)
     assert not main.Path(options.output_dir).exists()

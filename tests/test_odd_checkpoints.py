@@ -55,7 +55,7 @@ ODD = {
     "args is nothing": (("args",), None),
     "args is a list": (("args",), ["model"]),
     "best is nothing": (("best",), None),
-    "best without accuracy": (("best",), {}),
+    "best in no epoch": (("best", "epoch"), "last"),
     "best without weights": (("best", "weights"), ...),
     "meter without sums": (("meter",), {}),
     "meter of one number each": (("meter", "sums"), [[1.0]]),

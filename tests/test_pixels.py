@@ -5,7 +5,6 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from support import complaint
 from timm.data import create_transform, resolve_data_config
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
@@ -73,6 +72,7 @@ def white(tmp_path):
 def run(white, tmp_path, *argv):
     plain = ["--aa", "none", "--reprob", "0", "--mixup", "0", "--cutmix", "0", "--color_jitter", "0", "--no_model_ema"]
     small = ["--input_size", "32", "--batch_size", "4", "--epochs", "1", "--warmup_epochs", "0", "--no_repeated_aug"]
+    small += ["--min_lr", "0"]
     place = ["--data_path", str(white), "--output_dir", str(tmp_path / "run"), "--num_workers", "0", "--device", "cpu"]
     main.run(parse_args(["--model", "half_pixels", *plain, *small, *place, *argv]))
     return tmp_path / "run" / LAST
@@ -132,6 +132,8 @@ def test_denormalizing_gives_the_picture_back():
     torch.testing.assert_close(denormalize(normalize(images, pixels), pixels), images / 255)
 
 
-@pytest.mark.parametrize("given", [{"mean": [0.5, 0.5, 2]}, {"std": [0, 1, 1]}, {"std": ["a"] * 3}])
-def test_statistics_that_cannot_be_are_refused(given):
-    assert complaint(lambda: pixels_of("debiformer_nano", **given)).startswith(f"--{next(iter(given))} takes three")
+@pytest.mark.parametrize("given", ["--mean 0.5 0.5 2", "--mean 0.5 0.5", "--std 0 1 1", "--std a a a"])
+def test_statistics_that_cannot_be_are_refused(given, capsys):
+    with pytest.raises(SystemExit):
+        parse_args(["--model", "debiformer_nano", "--data_path", "x", *given.split()])
+    assert given.split()[0] in capsys.readouterr().err
