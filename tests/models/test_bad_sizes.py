@@ -10,7 +10,7 @@ import models  # noqa: F401
 from models import ops
 from models.backbone import check_image_size, first_stage_that_pads, stage_sides
 
-DEBIFORMER = {"n_win": 7, "grid_strides": [(1, 8), (1, 4), (1, 2), (1, 1)]}
+DEBIFORMER = {"n_win": 7, "grid_strides": [(1, 8), (1, 4), (1, 2), (1,)]}
 BIFORMER = {"n_win": 7, "grid_strides": [(1,), (1,), (1,), ()]}
 MAXVIT = {"n_win": 7, "grid_strides": [(1,)] * 4}
 SMALL_WINDOWS = {
