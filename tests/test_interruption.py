@@ -43,22 +43,22 @@ def test_a_failing_process_shows_its_own_traceback_and_ends_the_others(on_two):
 
 @pytest.mark.slow
 def test_torchrun_restarts_interrupted_processes_midway_the_epoch(on_two, tmp_path):
-    done = command(*TORCHRUN, "--nproc_per_node=2", "main.py", *on_two("whole"))
+    many = ["--batch_size", 2, "--min_lr", 0, "--print_freq", 1]  # updates, for the stop to fall midway
+    done = command(*TORCHRUN, "--nproc_per_node=2", "main.py", *on_two("whole"), *many)
     assert done.returncode == 0, done.stderr
 
-    run = map(str, [*TORCHRUN, "--nproc_per_node=2", "--max-restarts=3", "main.py", *on_two("run"), "--print_freq", 1])
+    run = map(str, [*TORCHRUN, "--nproc_per_node=2", "--max-restarts=3", "main.py", *on_two("run"), *many])
     process = subprocess.Popen(
         [sys.executable, *run], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     printed = []
     for line in process.stdout:
         printed.append(line)
-        if line.startswith("epoch 1/2  update 1/3") and not any("Continuing" in earlier for earlier in printed):
+        if line.startswith("epoch 1/2  update 2/12") and not any("Continuing" in earlier for earlier in printed):
             children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             os.kill(int(children[-1]), signal.SIGTERM)
     assert process.wait(300) == 0
-    places = "epoch 1, image [1-9]|epoch 2, image 0; epoch 1 is evaluated first"  # where the processes agreed to stop
-    assert any(re.search(f"Continuing from .*: ({places})", line) for line in printed)
+    assert any(re.search("Continuing from .*: epoch 1, image [1-9]", line) for line in printed)
     assert kill_often.same_weights(tmp_path / "whole", tmp_path / "run")
 
 
