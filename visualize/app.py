@@ -22,8 +22,6 @@ from runtime.errors import OneLineParser, UsageError, exit_on_error
 from .storage import Storage
 from .subject import DEFAULT_MODEL, load_subject
 
-FIRST_PORT, PORTS = 7860, 100
-
 
 def parser() -> OneLineParser:
     """The command line."""
@@ -59,23 +57,19 @@ def find_checkpoints(folder: str) -> list[str]:
     return [str(path) for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
 
 
-def free_port(host: str, port: int | None) -> int:
-    """The port, or the first free one from 7860. UsageError that says what is in the way."""
-    for number in range(FIRST_PORT, FIRST_PORT + PORTS) if port is None else [port]:
-        try:
-            family, _, _, _, address = socket.getaddrinfo(host.strip("[]"), number, type=socket.SOCK_STREAM)[0]
-            socket.create_server(address[:2], family=family).close()
-            return number
-        except (socket.gaierror, UnicodeError) as error:
-            raise UsageError(f"this machine knows no --host {host!r}") from error
-        except PermissionError as error:
-            raise UsageError(f"port {number} is not for every user; choose a --port from 1024") from error
-        except OSError as error:
-            if error.errno != errno.EADDRINUSE:
-                raise UsageError(f"cannot serve on --host {host}: it is no address of this machine") from error
-    if port is None:
-        raise UsageError(f"ports {FIRST_PORT} to {FIRST_PORT + PORTS - 1} are taken; choose another --port")
-    raise UsageError(f"port {port} is taken; choose another --port")
+def check_address(host: str, port: int | None) -> None:
+    """Raise UsageError that says why the address cannot be served on. No port: any."""
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host.strip("[]"), port or 0, type=socket.SOCK_STREAM)[0]
+        socket.create_server(address[:2], family=family).close()
+    except (socket.gaierror, UnicodeError) as error:
+        raise UsageError(f"this machine knows no --host {host!r}") from error
+    except PermissionError as error:
+        raise UsageError(f"port {port} is not for every user; choose a --port from 1024") from error
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise UsageError(f"port {port} is taken; choose another --port") from error
+        raise UsageError(f"cannot serve on --host {host}: it is no address of this machine") from error
 
 
 def is_this_machine(host: str) -> bool:
@@ -94,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.auth is None and not is_this_machine(options.host):
         notice = f"Whoever reaches {options.host} can use the page; --auth USER:PASSWORD asks for a name and a password"
         print(notice, file=sys.stderr, flush=True)
-    port = free_port(options.host, options.port)
+    check_address(options.host, options.port)
     start = load_subject(options.model, options.checkpoint or None)  # a mistake is a line here, not a page
     offered = [path for path in find_checkpoints(options.checkpoints) if path != options.checkpoint]
     if options.checkpoint:
@@ -108,7 +102,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         page = Page(storage, start.name, offered, options.checkpoint)
         try:
-            print(f"The page is at {serve(page, options.host, port, options.auth)} until Ctrl-C", flush=True)
+            print(f"The page is at {serve(page, options.host, options.port, options.auth)} until Ctrl-C", flush=True)
             threading.Event().wait()
         except KeyboardInterrupt:
             pass

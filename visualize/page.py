@@ -257,10 +257,11 @@ def _panels(pictures: Sequence[Picture]) -> str:
     return f'<div class="panels">{"".join(map(figure_html, pictures))}</div>' if pictures else ""
 
 
-def serve(page: Page, host: str, port: int, auth: tuple[str, str] | None = None) -> str:
+def serve(page: Page, host: str, port: int | None = None, auth: tuple[str, str] | None = None) -> str:
     """Serve the page from other threads; returns its address.
 
-    auth: name and password that visitors are asked for. UsageError if the port cannot be had.
+    port: None takes the first free one from 7860. auth: name and password that visitors are asked for.
+    UsageError if the port cannot be had.
     """
     try:
         _, address, _ = page.blocks.launch(
@@ -279,7 +280,8 @@ def serve(page: Page, host: str, port: int, auth: tuple[str, str] | None = None)
             app_kwargs={"middleware": [Middleware(UploadLimit, after=page.storage.sweep)]},
         )
     except OSError as error:
-        raise UsageError(f"cannot serve on port {port} of {host}; choose another --port") from error
+        asked = "ports 7860 to 7959" if port is None else f"port {port}"
+        raise UsageError(f"cannot serve on {asked} of {host}; choose another --port") from error
     return address
 
 

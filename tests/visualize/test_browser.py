@@ -20,7 +20,6 @@ CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None:
     pytest.skip("chromium is not installed (apt-get install chromium)", allow_module_level=True)
 
-from visualize.app import free_port  # noqa: E402
 from visualize.page import Page, serve  # noqa: E402
 from visualize.report import UNTRAINED  # noqa: E402
 from visualize.storage import Storage  # noqa: E402
@@ -59,7 +58,7 @@ def page(tmp_path_factory, outside):
 
 @pytest.fixture(scope="module")
 def address(page):
-    return serve(page, "127.0.0.1", free_port("127.0.0.1", None))
+    return serve(page, "127.0.0.1")
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from visualize.capture import capture, time_limit
 from visualize.report import UNTRAINED
 
 gr = pytest.importorskip("gradio", reason="gradio is an extra")
-from visualize.app import find_checkpoints, free_port, main  # noqa: E402
+from visualize.app import check_address, find_checkpoints, main  # noqa: E402
 from visualize.page import MEAN, NO_CHECKPOINT, Desk, Page  # noqa: E402
 from visualize.storage import Storage  # noqa: E402
 
@@ -265,7 +265,7 @@ def test_without_gradio_there_is_one_line():
     assert printed.stderr == "visualize.app: error: the page needs gradio: pip install -r requirements-demo.txt\n"
 
 
-def test_free_port_says_in_a_sentence_what_is_wrong_with_an_address():
+def test_check_address_says_in_a_sentence_what_is_wrong_with_an_address():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         for address, sentence in (
@@ -273,7 +273,7 @@ def test_free_port_says_in_a_sentence_what_is_wrong_with_an_address():
             (("192.0.2.1", port), "cannot serve on --host 192.0.2.1: it is no address of this machine"),
             (("no.invalid", port), "this machine knows no --host 'no.invalid'"),
         ):
-            assert complaint(free_port, *address) == sentence
+            assert complaint(check_address, *address) == sentence
 
 
 @pytest.mark.parametrize(
