@@ -25,20 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch_triton import (
-    LOG2E,
-    Kernel,
-    as_tokens,
-    dot,
-    load_rows,
-    padded,
-    precision,
-    rounded,
-    softmax_step,
-    store_rows,
-    strides,
-)
+from .launch_triton import Kernel, as_tokens, padded, precision, strides
 from .rpe_table_triton import PROGRAMS, add_table_gradient_, load_agents, pack, sample
+from .tiles_triton import LOG2E, dot, load_gradient, load_rows, rounded, softmax_step, store_attention, store_rows
 
 TILE = 64
 """Agents at most that backward takes in one pass."""
@@ -81,12 +70,12 @@ def _forward(
         )  # fmt: skip
         logits = dot(q, tl.trans(k), PRECISION) * (scale * LOG2E) + bias * LOG2E
         logits = tl.where(is_agent[None, :], logits, float("-inf"))
-        largest, total, weights, shrink = softmax_step(logits, largest, total)
-        out = out * shrink[:, None] + dot(rounded(weights, v.dtype), v, PRECISION)
+        largest, total, out = softmax_step(logits, v, largest, total, out, PRECISION)
 
-    rows = (image * tokens + token) * (num_heads * HEAD_DIM)
-    store_rows(out_ptr + first, rows, is_token, channel, out / total[:, None], HEAD_DIM, BLOCK_D)
-    tl.store(lse_ptr + (image * num_heads + head) * tokens + token, largest + tl.log2(total), mask=is_token)
+    store_attention(
+        out_ptr, lse_ptr, image, head, num_heads, tokens, token, is_token, channel, largest, total, out,
+        HEAD_DIM, BLOCK_D,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -110,13 +99,11 @@ def _backward_q(
     first = head * HEAD_DIM
     channel = tl.arange(0, BLOCK_D)
     q = load_rows(q_ptr + image * q_image + first, token * q_token, is_token, channel, HEAD_DIM, BLOCK_D)
-    rows = (image * tokens + token) * (num_heads * HEAD_DIM)
-    grad = load_rows(grad_ptr + first, rows, is_token, channel, HEAD_DIM, BLOCK_D)
-    out = load_rows(out_ptr + first, rows, is_token, channel, HEAD_DIM, BLOCK_D)
-    per_token = (image * num_heads + head) * tokens + token
-    lse = tl.load(lse_ptr + per_token, mask=is_token, other=float("inf"))
-    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-    tl.store(delta_ptr + per_token, delta, mask=is_token)
+    rows, grad, lse, delta = load_gradient(
+        grad_ptr, out_ptr, lse_ptr, delta_ptr, image, head, num_heads, tokens, token, is_token, channel,
+        True, HEAD_DIM, BLOCK_D,
+    )  # fmt: skip
+    tl.store(delta_ptr + (image * num_heads + head) * tokens + token, delta, mask=is_token)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, agents, BLOCK_N):
@@ -176,15 +163,10 @@ def _backward_agents(
         token = start + tl.arange(0, BLOCK_M)
         is_token = token < end
         q = load_rows(q_ptr + image * q_image + first, token * q_token, is_token, channel, HEAD_DIM, BLOCK_D)
-        rows = (image * tokens + token) * (num_heads * HEAD_DIM)
-        grad = load_rows(grad_ptr + first, rows, is_token, channel, HEAD_DIM, BLOCK_D)
-        per_token = (image * num_heads + head) * tokens + token
-        lse = tl.load(lse_ptr + per_token, mask=is_token, other=float("inf"))
-        if WITH_DQ:
-            out = load_rows(out_ptr + first, rows, is_token, channel, HEAD_DIM, BLOCK_D)
-            delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-        else:
-            delta = tl.load(delta_ptr + per_token, mask=is_token, other=0.0)
+        rows, grad, lse, delta = load_gradient(
+            grad_ptr, out_ptr, lse_ptr, delta_ptr, image, head, num_heads, tokens, token, is_token, channel,
+            WITH_DQ, HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
         # Agents are the rows here, so that no tile of weights has to be transposed for dk and dv.
         bias, by_y, by_x = sample(
             packed_ptr, begin, y, x, tl.minimum(token, tokens - 1), width, step_y, step_x, table_h, table_w,

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch_triton import Block, Kernel, as_tokens, padded, rounded
+from .launch_triton import Block, Kernel, as_tokens, padded
+from .tiles_triton import rounded
 
 PROGRAMS = 1056
 """Programs of the weights' gradient at most."""

@@ -1,4 +1,4 @@
-"""What the Triton kernels share: how they are launched, and the steps that all of them take.
+"""How the Triton kernels are launched.
 
 A launch takes its block sizes, warps and pipeline stages from `launches.json`, by kernel and size class, and by a rule
 for classes that the table lacks: so every process and every run takes the same, and sums in the same order. With
@@ -15,12 +15,10 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-LOG2E = tl.constexpr(1.4426950408889634)
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-"""Read when Triton is imported: jit decorates for the interpreter or for the compiler from then on."""
+from .tiles_triton import INTERPRETED
+
 TABLE = Path(__file__).with_name("launches.json")
 SHARED_MEMORY = 99 * 1024
 """Bytes that a program may use on every GPU since compute capability 8.0."""
@@ -171,52 +169,3 @@ def strides(**maps: Tensor) -> dict[str, int]:
         **{f"{name}_image": x.stride(0) for name, x in maps.items()},
         **{f"{name}_token": x.stride(2) for name, x in maps.items()},
     }
-
-
-@triton.jit
-def load_rows(ptr, offsets, rows_valid, channels, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """A tile (rows, BLOCK_D): channels of the rows that begin at `offsets`, zeros where there are none."""
-    pointers = ptr + offsets[:, None] + channels[None, :]
-    if HEAD_DIM == BLOCK_D:
-        return tl.load(pointers, mask=rows_valid[:, None], other=0.0)
-    return tl.load(pointers, mask=rows_valid[:, None] & (channels < HEAD_DIM)[None, :], other=0.0)
-
-
-@triton.jit
-def rounded(x, type: tl.constexpr):
-    """float32 numbers in another type, rounded to nearest."""
-    if INTERPRETED and type == tl.bfloat16:  # the interpreter cuts bits off: carry the rounding into those it keeps
-        bits = x.to(tl.int32, bitcast=True)
-        x = (bits + 0x7FFF + ((bits >> 16) & 1)).to(tl.float32, bitcast=True)
-    return x.to(type)
-
-
-@triton.jit
-def store_rows(ptr, offsets, rows_valid, channels, tile, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Writes what `load_rows` reads, in the type of `ptr`."""
-    pointers = ptr + offsets[:, None] + channels[None, :]
-    tile = rounded(tile, ptr.dtype.element_ty)
-    if HEAD_DIM == BLOCK_D:
-        tl.store(pointers, tile, mask=rows_valid[:, None])
-    else:
-        tl.store(pointers, tile, mask=rows_valid[:, None] & (channels < HEAD_DIM)[None, :])
-
-
-@triton.jit
-def dot(a, b, PRECISION: tl.constexpr):
-    """Matrix product of two tiles, in float32."""
-    if INTERPRETED:  # the interpreter multiplies bfloat16 by its bits
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, input_precision=PRECISION)
-
-
-@triton.jit
-def softmax_step(logits, largest, total):
-    """One step of the online softmax over base-2 logits (M, N), none of whose rows is -inf throughout.
-
-    Returns the new largest logit and sum per row, the weights (M, N), and the factor that shrinks earlier sums.
-    """
-    new = tl.maximum(largest, tl.max(logits, 1))
-    weights = tl.exp2(logits - new[:, None])
-    shrink = tl.exp2(largest - new)
-    return new, total * shrink + tl.sum(weights, 1), weights, shrink

@@ -21,19 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch_triton import (
-    LOG2E,
-    Block,
-    Kernel,
-    dot,
-    load_rows,
-    padded,
-    precision,
-    rounded,
-    softmax_step,
-    store_rows,
-    strides,
-)
+from .launch_triton import Block, Kernel, padded, precision, strides
+from .tiles_triton import LOG2E, dot, load_gradient, load_rows, rounded, softmax_step, store_attention, store_rows
 
 LARGEST = 256
 """Queries of an image at most; backward has them all in one tile."""
@@ -108,12 +97,12 @@ def _forward(
             logits *= scale * LOG2E
         else:
             logits = tl.where(is_key[None, :], logits * (scale * LOG2E), float("-inf"))
-        largest, total, weights, shrink = softmax_step(logits, largest, total)
-        out = out * shrink[:, None] + dot(rounded(weights, v.dtype), v, PRECISION)
+        largest, total, out = softmax_step(logits, v, largest, total, out, PRECISION)
 
-    rows = (image * queries + query) * (num_heads * HEAD_DIM)
-    store_rows(out_ptr + first, rows, is_query, channel, out / total[:, None], HEAD_DIM, BLOCK_D)
-    tl.store(lse_ptr + (image * num_heads + head) * queries + query, largest + tl.log2(total), mask=is_query)
+    store_attention(
+        out_ptr, lse_ptr, image, head, num_heads, queries, query, is_query, channel, largest, total, out,
+        HEAD_DIM, BLOCK_D,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -131,12 +120,10 @@ def _backward(
     first = head * HEAD_DIM
     channel = tl.arange(0, BLOCK_D)
     q = load_rows(q_ptr + image * q_image + first, query * q_token, is_query, channel, HEAD_DIM, BLOCK_D)
-    rows = (image * queries + query) * (num_heads * HEAD_DIM)
-    grad = load_rows(grad_ptr + first, rows, is_query, channel, HEAD_DIM, BLOCK_D)
-    out = load_rows(out_ptr + first, rows, is_query, channel, HEAD_DIM, BLOCK_D)
-    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-    per_query = lse_ptr + (image * num_heads + head) * queries + query
-    lse = tl.load(per_query, mask=is_query, other=float("inf"))
+    rows, grad, lse, delta = load_gradient(
+        grad_ptr, out_ptr, lse_ptr, lse_ptr, image, head, num_heads, queries, query, is_query, channel,
+        True, HEAD_DIM, BLOCK_D,
+    )  # fmt: skip
     if MASK:
         query_window = image * windows + _window(query, q_width, across, q_window_h, q_window_w)
         marks = barred_ptr + query_window[:, None] * 64 + tl.arange(0, 64)[None, :]

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch_triton import Block, Kernel, padded, rounded
+from .launch_triton import Block, Kernel, padded
+from .tiles_triton import rounded
 
 PROGRAMS = 528
 """Programs of backward at most: a few for every multiprocessor of a large GPU."""

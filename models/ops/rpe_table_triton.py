@@ -26,7 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch_triton import Block, Kernel, padded, rounded
+from .launch_triton import Block, Kernel, padded
+from .tiles_triton import rounded
 
 PROGRAMS = 1024
 """As many as fill a large GPU a few times; where there are fewer, the work of one is shared out."""

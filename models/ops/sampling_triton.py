@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch_triton import Block, Kernel, as_tokens, dot, padded, precision, rounded
+from .launch_triton import Block, Kernel, as_tokens, padded, precision
+from .tiles_triton import dot, rounded
 
 
 @triton.jit
