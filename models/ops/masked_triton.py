@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch_triton import Block, Kernel, padded, precision, strides
+from .launch_triton import Block, Kernel, cdiv, padded, precision, strides
 from .tiles_triton import LOG2E, dot, load_gradient, load_rows, rounded, softmax_step, store_attention, store_rows
 
 LARGEST = 256
@@ -153,7 +153,7 @@ def _backward(
 
 
 def _blocks_of_keys(arguments: dict[str, Any], block: Block) -> float:
-    return triton.cdiv(arguments["keys"], block.n)
+    return cdiv(arguments["keys"], block.n)
 
 
 _run_mark = Kernel(_mark, [(32, 1, 4, 1), (16, 1, 4, 1)], lambda arguments, _: arguments["topk"])
@@ -187,11 +187,11 @@ def suits(q: Tensor, idx: Tensor, num_heads: int) -> bool:
 def _marks(q: Tensor, k: Tensor, idx: Tensor, n_win: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Which windows each window does not read (B*P, 64), and each key's window (keys, 64), filled up; in q's type."""
     (b, windows, topk), keys = idx.shape, k.shape[1] * k.shape[2]
-    last = 128 * triton.cdiv(keys, 128)
+    last = 128 * cdiv(keys, 128)
     marks = q.new_empty((b * windows + last, 64))
     barred, hot = marks[: b * windows], marks[b * windows :]
     _run_mark(
-        lambda block: triton.cdiv(b * windows, block.m) + triton.cdiv(last, block.m), (padded(b * windows), 1),
+        lambda block: cdiv(b * windows, block.m) + cdiv(last, block.m), (padded(b * windows), 1),
         idx_ptr=idx, barred_ptr=barred, hot_ptr=hot, all_windows=b * windows, topk=topk, keys=keys,
         width=k.shape[2], across=n_win[1], window_h=k.shape[1] // n_win[0], window_w=k.shape[2] // n_win[1],
     )  # fmt: skip
@@ -227,7 +227,7 @@ def forward(
     arguments = _describe(q, k, v, idx, n_win, num_heads, scale)
     queries, keys = arguments["queries"], arguments["keys"]
     _run_forward(
-        lambda block: q.shape[0] * num_heads * triton.cdiv(queries, block.m),
+        lambda block: q.shape[0] * num_heads * cdiv(queries, block.m),
         (max(64, padded(queries)), max(64, padded(keys))),
         **arguments, out_ptr=out, lse_ptr=lse,
     )  # fmt: skip

@@ -27,7 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import masked_triton
-from .launch_triton import Block, Kernel, as_tokens, padded, precision, strides
+from .launch_triton import Block, Kernel, as_tokens, cdiv, padded, precision, strides
 from .tiles_triton import LOG2E, dot, load_gradient, load_rows, rounded, softmax_step, store_attention, store_rows
 
 
@@ -200,11 +200,11 @@ def _backward_kv(
 
 def _keys(arguments: dict[str, Any], block: Block) -> float:
     keys = arguments["topk"] * arguments["window_h"] * arguments["window_w"]
-    return triton.cdiv(keys, block.n)
+    return cdiv(keys, block.n)
 
 
 def _readers(arguments: dict[str, Any], block: Block) -> float:
-    return triton.cdiv(arguments["topk"] * arguments["q_window_h"] * arguments["q_window_w"], block.m)
+    return cdiv(arguments["topk"] * arguments["q_window_h"] * arguments["q_window_w"], block.m)
 
 
 _QUERY_BLOCKS = [
@@ -229,7 +229,7 @@ _run_backward_kv = Kernel(
 )
 _run_invert = Kernel(
     *(_invert, [(1024, 1, 4, 1), (256, 1, 4, 1), (64, 1, 2, 1), (16, 1, 1, 1)]),
-    lambda arguments, block: triton.cdiv(arguments["windows"] * arguments["topk"], block.m),
+    lambda arguments, block: cdiv(arguments["windows"] * arguments["topk"], block.m),
 )
 
 
@@ -265,7 +265,7 @@ def forward(
     arguments = _describe(q, k, v, idx, n_win, num_heads)
     w_q, w, topk = _sizes(arguments)
     _run_forward(
-        lambda block: idx.shape[0] * idx.shape[1] * triton.cdiv(w_q, block.m) * num_heads,
+        lambda block: idx.shape[0] * idx.shape[1] * cdiv(w_q, block.m) * num_heads,
         (padded(w_q), padded(w * topk)),
         **arguments, idx_ptr=idx, out_ptr=out, lse_ptr=lse, scale=scale,
     )  # fmt: skip
@@ -312,13 +312,13 @@ def backward(
     windows = idx.shape[0] * idx.shape[1]
     if not one_pass:
         _run_backward_q(
-            lambda block: windows * triton.cdiv(w_q, block.m) * num_heads,
+            lambda block: windows * cdiv(w_q, block.m) * num_heads,
             (padded(w_q), padded(w * topk)),
             **arguments, idx_ptr=idx,
         )  # fmt: skip
     readers, first = invert_routes(idx)
     _run_backward_kv(
-        lambda block: windows * triton.cdiv(w, block.n) * num_heads,
+        lambda block: windows * cdiv(w, block.n) * num_heads,
         (padded(w_q * topk), padded(w)),
         **arguments, readers_ptr=readers, first_ptr=first, dk_ptr=dk, dv_ptr=dv, WITH_DQ=one_pass,
     )  # fmt: skip
