@@ -22,6 +22,8 @@ from runtime.errors import UsageError
 from .trace import Call, is_spec, trace
 
 IMAGES = 2
+BEFORE_VALUES = 9
+"""Arguments of Triton's launcher before the kernel's own: grid, stream, what is known of the code, hooks."""
 
 
 class _Driver:
@@ -48,7 +50,7 @@ class _Compiled:
 
     def __getitem__(self, grid: tuple[int, int, int]) -> Callable[..., None]:
         # As Triton's does.
-        return lambda *values: self.run(*grid, driver.active.get_current_stream(0), *(None,) * 5, *values)
+        return lambda *values: self.run(*grid, *(None,) * (BEFORE_VALUES - 3), *values)
 
 
 def _compile_nothing(function: JITFunction, key: Any, _signature: Any, device: int, *_: Any) -> _Compiled:
