@@ -1,7 +1,8 @@
 """Python time from our operators to their launches, under a driver that does nothing: no GPU is needed.
 
 Operators run on CPU tensors of two images. What they ask of Triton goes as far as Triton's own launcher, where a GPU's
-driver would take over; nothing is compiled or launched. What they ask of PyTorch (new tensors, small sums) is computed.
+driver would take over; nothing is compiled or launched. What they ask of PyTorch (new tensors, sums of partial
+gradients) is computed on the CPU, so the figure is rather too high. It is this machine's, unlike those of the compiler.
 """
 
 import contextlib

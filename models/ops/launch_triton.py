@@ -21,8 +21,6 @@ from torch import Tensor
 from .tiles_triton import INTERPRETED
 
 TABLE = Path(__file__).with_name("launches.json")
-SHARED_MEMORY = 99 * 1024
-"""Bytes that a program may use on every GPU since compute capability 8.0."""
 OF_A_CLASS = ("HEAD_DIM", "KERNEL", "WITH_DQ")
 """Constants by which kernels are tuned, where they have them."""
 
