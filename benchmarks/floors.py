@@ -2,6 +2,7 @@
 
 python -m benchmarks.floors                                debiformer_tiny, inference and training, sm_90
 python -m benchmarks.floors --model biformer_tiny --all    also every block that could be chosen, not only the chosen
+python -m benchmarks.floors --kernels masked routed.back   only kernels whose names begin so
 python -m benchmarks.floors --choose                       writes the lowest floors to models/ops/launches.json
 python -m benchmarks.floors --write                        also writes benchmarks/results/
 
@@ -11,7 +12,6 @@ the GPU's rates. No launch can be faster than either; a floor above the roof mea
 """
 
 import argparse
-import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from models.ops import launch_triton, operators
 from models.ops.launch_triton import Block, Launch
 from runtime.errors import exit_on_error
 
+from . import launch_path
 from .markdown import table
 from .measure import DTYPES, RESULTS, describe_machine, write_result
 from .trace import Call, is_spec, trace
@@ -99,8 +100,13 @@ def time_of(row: dict[str, Any]) -> float:
     return max(row["roof"], row["issue"], row["matrix"])
 
 
-def measure(calls: Iterable[Call], architecture: int, every_block: bool) -> list[dict[str, Any]]:
-    """One row per different launch (and block, if asked for), in the order in which they first run."""
+def measure(
+    calls: Iterable[Call], architecture: int, every_block: bool, kernels: tuple[str, ...] = ("",)
+) -> list[dict[str, Any]]:
+    """One row per different launch (and block, if asked for), in the order in which they first run.
+
+    kernels: how the names of those begin that are compiled.
+    """
     by_call: dict[str, tuple[Call, int]] = {}
     for call in calls:
         if call.ours:
@@ -109,6 +115,8 @@ def measure(calls: Iterable[Call], architecture: int, every_block: bool) -> list
     rows = []
     for call, times in by_call.values():
         for launch in recorded_launches(call):
+            if not launch.kernel.name.startswith(kernels):
+                continue
             chosen = launch.kernel.choose(launch.size, launch.arguments)
             for block in launch.kernel.fitting(launch.size, launch.arguments) if every_block else [chosen]:
                 shapes = [list(x.shape) for x in launch.arguments.values() if isinstance(x, Tensor)]
@@ -169,7 +177,10 @@ def report(result: dict[str, Any]) -> str:
             f"Our kernels {1e3 * total['seconds']:.3f} ms (attention {1e3 * total['attention_seconds']:.3f} ms), "
             f"their roof {1e3 * total['roof']:.3f} ms; {total['launches']:.0f} of {total['kernels']:.0f} kernels; "
             f"{total['bytes'] / 1e9:.1f} GB, of which {total['bytes_of_others'] / 1e9:.1f} GB by PyTorch's operators; "
-            f"at most {total['spilled']:.0f} bytes spilled.",
+            f"at most {total['spilled']:.0f} bytes spilled. "
+            "Python takes {:.1f} ms from our operators to their launches, {:.1f} ms of them for attention.".format(
+                *(1e3 * seconds for seconds in launch_path.sums(part["python"]))
+            ),
             table(HEADER, [cells(row) for row in part["rows"]], text_columns=2),
         ]
     return "\n\n".join(parts)
@@ -200,6 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--size", type=int, default=224, help="pixels")
+    parser.add_argument("--kernels", nargs="+", default=[""], help="how the names of those begin that are compiled")
     parser.add_argument("--all", action="store_true", help="every block that could be chosen")
     parser.add_argument("--choose", action="store_true", help="write the best blocks to models/ops/launches.json")
     parser.add_argument("--write", action="store_true", help="write the results")
@@ -209,10 +221,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     tasks = {}
     for task in args.tasks:
         calls = trace(args.model, task, args.batch_size, args.size, DTYPES[args.dtype])
-        rows = measure(calls, args.architecture, args.all or args.choose)
-        tasks[task] = {"summary": summary(calls, rows), "rows": rows}
+        rows = measure(calls, args.architecture, args.all or args.choose, tuple(args.kernels))
+        python = launch_path.python_seconds(args.model, task, args.size, DTYPES[args.dtype])
+        tasks[task] = {"summary": summary(calls, rows), "python": python, "rows": rows}
     if args.choose:
-        known = json.loads(launch_triton.TABLE.read_text()) if launch_triton.TABLE.exists() else {}
+        known = launch_triton.read_table(launch_triton.TABLE)
         for kernel, sizes in best_blocks(row for part in tasks.values() for row in part["rows"]).items():
             known.setdefault(kernel, {}).update(sizes)
         launch_triton.write_table(known, launch_triton.TABLE)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 import models  # noqa: F401
-from models.ops import backend
+from models.ops import backend, maps
 from models.ops.operators import NAMESPACE
 
 Spec = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
@@ -99,7 +99,7 @@ def _as_on_a_gpu(device: str) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(backend, "triton_obstacle", return_value=None))
-        stack.enter_context(mock.patch.object(torch.backends.mkldnn, "is_available", return_value=False))
+        stack.enter_context(mock.patch.object(maps, "_ONEDNN", False))
         stack.enter_context(backend.use_backend("triton"))
         if device == "cpu":
             stack.enter_context(mock.patch.object(F, "layer_norm", in_float32))

@@ -25,20 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch_triton import (
-    LOG2E,
-    Kernel,
-    as_tokens,
-    dot,
-    load_rows,
-    padded,
-    precision,
-    rounded,
-    softmax_step,
-    store_rows,
-    strides,
-)
+from .launch_triton import Kernel, as_tokens, cdiv, padded, precision, strides
 from .rpe_table_triton import PROGRAMS, add_table_gradient_, load_agents, pack, sample
+from .tiles_triton import LOG2E, dot, load_gradient, load_rows, rounded, softmax_step, store_attention, store_rows
 
 TILE = 64
 """Agents at most that backward takes in one pass."""
@@ -81,12 +70,12 @@ def _forward(
         )  # fmt: skip
         logits = dot(q, tl.trans(k), PRECISION) * (scale * LOG2E) + bias * LOG2E
         logits = tl.where(is_agent[None, :], logits, float("-inf"))
-        largest, total, weights, shrink = softmax_step(logits, largest, total)
-        out = out * shrink[:, None] + dot(rounded(weights, v.dtype), v, PRECISION)
+        largest, total, out = softmax_step(logits, v, largest, total, out, PRECISION)
 
-    rows = (image * tokens + token) * (num_heads * HEAD_DIM)
-    store_rows(out_ptr + first, rows, is_token, channel, out / total[:, None], HEAD_DIM, BLOCK_D)
-    tl.store(lse_ptr + (image * num_heads + head) * tokens + token, largest + tl.log2(total), mask=is_token)
+    store_attention(
+        out_ptr, lse_ptr, image, head, num_heads, tokens, token, is_token, channel, largest, total, out,
+        HEAD_DIM, BLOCK_D,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -110,13 +99,11 @@ def _backward_q(
     first = head * HEAD_DIM
     channel = tl.arange(0, BLOCK_D)
     q = load_rows(q_ptr + image * q_image + first, token * q_token, is_token, channel, HEAD_DIM, BLOCK_D)
-    rows = (image * tokens + token) * (num_heads * HEAD_DIM)
-    grad = load_rows(grad_ptr + first, rows, is_token, channel, HEAD_DIM, BLOCK_D)
-    out = load_rows(out_ptr + first, rows, is_token, channel, HEAD_DIM, BLOCK_D)
-    per_token = (image * num_heads + head) * tokens + token
-    lse = tl.load(lse_ptr + per_token, mask=is_token, other=float("inf"))
-    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-    tl.store(delta_ptr + per_token, delta, mask=is_token)
+    rows, grad, lse, delta = load_gradient(
+        grad_ptr, out_ptr, lse_ptr, delta_ptr, image, head, num_heads, tokens, token, is_token, channel,
+        True, HEAD_DIM, BLOCK_D,
+    )  # fmt: skip
+    tl.store(delta_ptr + (image * num_heads + head) * tokens + token, delta, mask=is_token)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, agents, BLOCK_N):
@@ -176,15 +163,10 @@ def _backward_agents(
         token = start + tl.arange(0, BLOCK_M)
         is_token = token < end
         q = load_rows(q_ptr + image * q_image + first, token * q_token, is_token, channel, HEAD_DIM, BLOCK_D)
-        rows = (image * tokens + token) * (num_heads * HEAD_DIM)
-        grad = load_rows(grad_ptr + first, rows, is_token, channel, HEAD_DIM, BLOCK_D)
-        per_token = (image * num_heads + head) * tokens + token
-        lse = tl.load(lse_ptr + per_token, mask=is_token, other=float("inf"))
-        if WITH_DQ:
-            out = load_rows(out_ptr + first, rows, is_token, channel, HEAD_DIM, BLOCK_D)
-            delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-        else:
-            delta = tl.load(delta_ptr + per_token, mask=is_token, other=0.0)
+        rows, grad, lse, delta = load_gradient(
+            grad_ptr, out_ptr, lse_ptr, delta_ptr, image, head, num_heads, tokens, token, is_token, channel,
+            WITH_DQ, HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
         # Agents are the rows here, so that no tile of weights has to be transposed for dk and dv.
         bias, by_y, by_x = sample(
             packed_ptr, begin, y, x, tl.minimum(token, tokens - 1), width, step_y, step_x, table_h, table_w,
@@ -222,15 +204,15 @@ _BLOCKS = [
 _AGENT_BLOCKS = [(16, 64, 4, 1), (32, 64, 8, 1), (32, 32, 4, 1), (16, 32, 2, 1), (16, 16, 1, 1)]
 _FLOAT32_BLOCKS = [(64, 32, 4, 1), (32, 32, 4, 1), (16, 32, 1, 1), (16, 16, 1, 1)]
 _run_forward = Kernel(
-    *(_forward, _BLOCKS, lambda arguments, block: triton.cdiv(arguments["agents"], block.n)), float32=_FLOAT32_BLOCKS
+    *(_forward, _BLOCKS, lambda arguments, block: cdiv(arguments["agents"], block.n)), float32=_FLOAT32_BLOCKS
 )
 _run_backward_q = Kernel(
-    *(_backward_q, _BLOCKS, lambda arguments, block: triton.cdiv(arguments["agents"], block.n)), float32=_FLOAT32_BLOCKS
+    *(_backward_q, _BLOCKS, lambda arguments, block: cdiv(arguments["agents"], block.n)), float32=_FLOAT32_BLOCKS
 )
 _run_backward_agents = Kernel(
     _backward_agents,
     _AGENT_BLOCKS,
-    lambda arguments, block: triton.cdiv(triton.cdiv(arguments["tokens"], arguments["shares"]), block.m),
+    lambda arguments, block: cdiv(cdiv(arguments["tokens"], arguments["shares"]), block.m),
     # A program that writes dq has to see all agents.
     lambda block, size, arguments: (
         block.m <= size[0] and (block.n == size[1] if arguments["WITH_DQ"] else block.n <= size[1])
@@ -267,7 +249,7 @@ def forward(
     lse = q.new_empty((b, num_heads, tokens), dtype=torch.float32)
     geometry, positions = _geometry(q, k, rpe_table, positions), positions.contiguous()
     _run_forward(
-        lambda block: b * triton.cdiv(tokens, block.m) * num_heads, (padded(tokens), padded(geometry["agents"])),
+        lambda block: b * cdiv(tokens, block.m) * num_heads, (padded(tokens), padded(geometry["agents"])),
         **_layout(q, k, v, num_heads), **geometry, **pack(q, rpe_table, positions, geometry["ON_CELLS"]),
         out_ptr=out, lse_ptr=lse, scale=scale,
     )  # fmt: skip
@@ -291,7 +273,7 @@ def backward(
     b, c = q.shape[0], q.shape[-1]
     geometry, positions = _geometry(q, k, rpe_table, positions), positions.contiguous()
     tokens, agents, groups = geometry["tokens"], geometry["agents"], geometry["groups"]
-    pitch, workspace = 16 * triton.cdiv(tokens, 16), 4 * workspace  # a GPU has more room, and is slower in parts
+    pitch, workspace = 16 * cdiv(tokens, 16), 4 * workspace  # a GPU has more room, and is slower in parts
     per_agent = num_heads * pitch * q.element_size()
     some_agents = agents if per_agent * agents <= workspace else min(agents, max(16, workspace // per_agent))
     some_images = min(b, max(1, workspace // (per_agent * some_agents)))
@@ -305,9 +287,7 @@ def backward(
         **geometry,
     }
     if not one_pass:
-        _run_backward_q(
-            lambda block: b * triton.cdiv(tokens, block.m) * num_heads, (padded(tokens), padded(agents)), **common
-        )
+        _run_backward_q(lambda block: b * cdiv(tokens, block.m) * num_heads, (padded(tokens), padded(agents)), **common)
     dtable = torch.zeros(rpe_table.shape, dtype=torch.float32, device=q.device)
     dlogits = q.new_empty(some_images * num_heads * some_agents * pitch)
     parts = []
@@ -334,13 +314,13 @@ def _agent_gradients(
     """Gradients of some images' and agents' k, v (I, n, C) and positions (I, n, g, 2); fills `dlogits`."""
     images, agents = (s.stop - s.start for s in part)
     num_heads, groups, tokens = common["num_heads"], common["groups"], common["tokens"]
-    shares = max(1, min(PROGRAMS // (images * num_heads * triton.cdiv(agents, TILE)), tokens // 256))
+    shares = max(1, min(PROGRAMS // (images * num_heads * cdiv(agents, TILE)), tokens // 256))
     dtype = dlogits.dtype if shares == 1 else torch.float32
     shape = shares, images, agents, num_heads * common["HEAD_DIM"]
     dk, dv = (dlogits.new_empty(shape, dtype=dtype) for _ in "kv")
     dpositions = dlogits.new_empty((shares, images, num_heads, agents, 2), dtype=torch.float32)
     _run_backward_agents(
-        lambda block: images * triton.cdiv(agents, block.n) * shares * num_heads, (padded(tokens), padded(agents)),
+        lambda block: images * cdiv(agents, block.n) * shares * num_heads, (padded(tokens), padded(agents)),
         **common, dk_ptr=dk, dv_ptr=dv, dpositions_ptr=dpositions, dlogits_ptr=dlogits,
         images=images, first_image=part[0].start, first_agent=part[1].start, some_agents=agents, shares=shares,
     )  # fmt: skip

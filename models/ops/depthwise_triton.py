@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch_triton import Block, Kernel, as_tokens, padded, rounded
+from .launch_triton import Block, Kernel, as_tokens, cdiv, padded
+from .tiles_triton import rounded
 
 PROGRAMS = 1056
 """Programs of the weights' gradient at most."""
@@ -127,7 +128,7 @@ def _backward_weights(
 
 
 def _lines(arguments: dict[str, Any], block: Block) -> float:
-    return arguments["rows_each"] * triton.cdiv(arguments["width"], block.m)
+    return arguments["rows_each"] * cdiv(arguments["width"], block.m)
 
 
 def _fits(block: Block, size: tuple[int, int], arguments: dict[str, Any]) -> bool:
@@ -156,7 +157,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, ge
     out = x.new_empty(x.shape)
     batch, height, width, channels = x.shape
     _run_forward(
-        lambda block: batch * height * triton.cdiv(width, block.m) * triton.cdiv(channels, block.n),
+        lambda block: batch * height * cdiv(width, block.m) * cdiv(channels, block.n),
         (padded(width), padded(channels)),
         map_ptr=x, weight_ptr=weight.contiguous(), bias_ptr=bias, residual_ptr=other, out_ptr=out,
         residual_image=other.stride(0), residual_token=other.stride(2), **_sizes(x, kernel),
@@ -174,11 +175,11 @@ def backward(
     weight = weight.contiguous()
     batch, height, width, channels = x.shape
     before = torch.empty_like(grad) if gelu else grad
-    shares = min(batch * height, max(1, PROGRAMS // triton.cdiv(channels, 64)))
-    rows_each = triton.cdiv(batch * height, shares)
+    shares = min(batch * height, max(1, PROGRAMS // cdiv(channels, 64)))
+    rows_each = cdiv(batch * height, shares)
     partial = x.new_empty((shares, kernel * kernel + 1, channels), dtype=torch.float32)
     _run_backward_weights(
-        lambda block: shares * triton.cdiv(channels, block.n), (padded(width), padded(channels)),
+        lambda block: shares * cdiv(channels, block.n), (padded(width), padded(channels)),
         grad_ptr=grad, map_ptr=x, weight_ptr=weight, bias_ptr=bias, before_ptr=before,
         partial_ptr=partial, all_rows=batch * height, rows_each=rows_each, **_sizes(x, kernel),
         RESIDUAL=ITSELF if itself else NOTHING, BIAS=bias.numel() > 0, GELU=gelu,

@@ -21,19 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch_triton import (
-    LOG2E,
-    Block,
-    Kernel,
-    dot,
-    load_rows,
-    padded,
-    precision,
-    rounded,
-    softmax_step,
-    store_rows,
-    strides,
-)
+from .launch_triton import Block, Kernel, cdiv, padded, precision, strides
+from .tiles_triton import LOG2E, dot, load_gradient, load_rows, rounded, softmax_step, store_attention, store_rows
 
 LARGEST = 256
 """Queries of an image at most; backward has them all in one tile."""
@@ -108,12 +97,12 @@ def _forward(
             logits *= scale * LOG2E
         else:
             logits = tl.where(is_key[None, :], logits * (scale * LOG2E), float("-inf"))
-        largest, total, weights, shrink = softmax_step(logits, largest, total)
-        out = out * shrink[:, None] + dot(rounded(weights, v.dtype), v, PRECISION)
+        largest, total, out = softmax_step(logits, v, largest, total, out, PRECISION)
 
-    rows = (image * queries + query) * (num_heads * HEAD_DIM)
-    store_rows(out_ptr + first, rows, is_query, channel, out / total[:, None], HEAD_DIM, BLOCK_D)
-    tl.store(lse_ptr + (image * num_heads + head) * queries + query, largest + tl.log2(total), mask=is_query)
+    store_attention(
+        out_ptr, lse_ptr, image, head, num_heads, queries, query, is_query, channel, largest, total, out,
+        HEAD_DIM, BLOCK_D,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -131,12 +120,10 @@ def _backward(
     first = head * HEAD_DIM
     channel = tl.arange(0, BLOCK_D)
     q = load_rows(q_ptr + image * q_image + first, query * q_token, is_query, channel, HEAD_DIM, BLOCK_D)
-    rows = (image * queries + query) * (num_heads * HEAD_DIM)
-    grad = load_rows(grad_ptr + first, rows, is_query, channel, HEAD_DIM, BLOCK_D)
-    out = load_rows(out_ptr + first, rows, is_query, channel, HEAD_DIM, BLOCK_D)
-    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-    per_query = lse_ptr + (image * num_heads + head) * queries + query
-    lse = tl.load(per_query, mask=is_query, other=float("inf"))
+    rows, grad, lse, delta = load_gradient(
+        grad_ptr, out_ptr, lse_ptr, lse_ptr, image, head, num_heads, queries, query, is_query, channel,
+        True, HEAD_DIM, BLOCK_D,
+    )  # fmt: skip
     if MASK:
         query_window = image * windows + _window(query, q_width, across, q_window_h, q_window_w)
         marks = barred_ptr + query_window[:, None] * 64 + tl.arange(0, 64)[None, :]
@@ -166,7 +153,7 @@ def _backward(
 
 
 def _blocks_of_keys(arguments: dict[str, Any], block: Block) -> float:
-    return triton.cdiv(arguments["keys"], block.n)
+    return cdiv(arguments["keys"], block.n)
 
 
 _run_mark = Kernel(_mark, [(32, 1, 4, 1), (16, 1, 4, 1)], lambda arguments, _: arguments["topk"])
@@ -200,11 +187,11 @@ def suits(q: Tensor, idx: Tensor, num_heads: int) -> bool:
 def _marks(q: Tensor, k: Tensor, idx: Tensor, n_win: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Which windows each window does not read (B*P, 64), and each key's window (keys, 64), filled up; in q's type."""
     (b, windows, topk), keys = idx.shape, k.shape[1] * k.shape[2]
-    last = 128 * triton.cdiv(keys, 128)
+    last = 128 * cdiv(keys, 128)
     marks = q.new_empty((b * windows + last, 64))
     barred, hot = marks[: b * windows], marks[b * windows :]
     _run_mark(
-        lambda block: triton.cdiv(b * windows, block.m) + triton.cdiv(last, block.m), (padded(b * windows), 1),
+        lambda block: cdiv(b * windows, block.m) + cdiv(last, block.m), (padded(b * windows), 1),
         idx_ptr=idx, barred_ptr=barred, hot_ptr=hot, all_windows=b * windows, topk=topk, keys=keys,
         width=k.shape[2], across=n_win[1], window_h=k.shape[1] // n_win[0], window_w=k.shape[2] // n_win[1],
     )  # fmt: skip
@@ -240,7 +227,7 @@ def forward(
     arguments = _describe(q, k, v, idx, n_win, num_heads, scale)
     queries, keys = arguments["queries"], arguments["keys"]
     _run_forward(
-        lambda block: q.shape[0] * num_heads * triton.cdiv(queries, block.m),
+        lambda block: q.shape[0] * num_heads * cdiv(queries, block.m),
         (max(64, padded(queries)), max(64, padded(keys))),
         **arguments, out_ptr=out, lse_ptr=lse,
     )  # fmt: skip

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch_triton import Block, Kernel, padded, rounded
+from .launch_triton import Block, Kernel, cdiv, padded
+from .tiles_triton import rounded
 
 PROGRAMS = 528
 """Programs of backward at most: a few for every multiprocessor of a large GPU."""
@@ -95,7 +96,7 @@ def forward(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps:
     total = x if branch is None else torch.empty_like(x)
     rows, channels = x.numel() // x.shape[-1], x.shape[-1]
     _run_forward(
-        lambda block: triton.cdiv(rows, block.m), (padded(rows), padded(channels)),
+        lambda block: cdiv(rows, block.m), (padded(rows), padded(channels)),
         x_ptr=x, branch_ptr=x if branch is None else branch.contiguous(), weight_ptr=weight, bias_ptr=bias,
         sum_ptr=total, normed_ptr=normed, rows=rows, channels=channels, eps=eps, ADD=branch is not None,
     )  # fmt: skip
@@ -110,8 +111,8 @@ def backward(
     dx = torch.empty_like(total)
     rows, channels = total.numel() // total.shape[-1], total.shape[-1]
     block_rows = next(block[0] for block in _BLOCKS if block[1] == padded(channels))
-    trips = triton.cdiv(triton.cdiv(rows, block_rows), PROGRAMS)
-    programs = triton.cdiv(triton.cdiv(rows, block_rows), trips)
+    trips = cdiv(cdiv(rows, block_rows), PROGRAMS)
+    programs = cdiv(cdiv(rows, block_rows), trips)
     partial = total.new_empty((2, programs, channels), dtype=torch.float32)
     _run_backward(
         lambda _: programs, (padded(rows), padded(channels)),

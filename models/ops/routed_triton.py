@@ -27,20 +27,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import masked_triton
-from .launch_triton import (
-    LOG2E,
-    Block,
-    Kernel,
-    as_tokens,
-    dot,
-    load_rows,
-    padded,
-    precision,
-    rounded,
-    softmax_step,
-    store_rows,
-    strides,
-)
+from .launch_triton import Block, Kernel, as_tokens, cdiv, padded, precision, strides
+from .tiles_triton import LOG2E, dot, load_gradient, load_rows, rounded, softmax_step, store_attention, store_rows
 
 
 @triton.jit
@@ -89,13 +77,12 @@ def _forward(
         v = load_rows(v_ptr + image * v_image + first, key * v_token, exists, channel, HEAD_DIM, BLOCK_D)
         logits = dot(q, tl.trans(k), PRECISION) * (scale * LOG2E)
         logits = tl.where(exists[None, :], logits, float("-inf"))
-        largest, total, weights, shrink = softmax_step(logits, largest, total)
-        out = out * shrink[:, None] + dot(rounded(weights, v.dtype), v, PRECISION)
+        largest, total, out = softmax_step(logits, v, largest, total, out, PRECISION)
 
-    tokens = windows * w_q
-    rows = (image * tokens + token) * (num_heads * HEAD_DIM)
-    store_rows(out_ptr + first, rows, is_token, channel, out / total[:, None], HEAD_DIM, BLOCK_D)
-    tl.store(lse_ptr + (image * num_heads + head) * tokens + token, largest + tl.log2(total), mask=is_token)
+    store_attention(
+        out_ptr, lse_ptr, image, head, num_heads, windows * w_q, token, is_token, channel, largest, total, out,
+        HEAD_DIM, BLOCK_D,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -117,14 +104,12 @@ def _backward_q(
     first = head * HEAD_DIM
     channel = tl.arange(0, BLOCK_D)
     tokens = windows * w_q
-    rows = (image * tokens + token) * (num_heads * HEAD_DIM)
     q = load_rows(q_ptr + image * q_image + first, token * q_token, is_token, channel, HEAD_DIM, BLOCK_D)
-    grad = load_rows(grad_ptr + first, rows, is_token, channel, HEAD_DIM, BLOCK_D)
-    out = load_rows(out_ptr + first, rows, is_token, channel, HEAD_DIM, BLOCK_D)
-    per_query = (image * num_heads + head) * tokens + token
-    lse = tl.load(lse_ptr + per_query, mask=is_token, other=0.0)
-    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-    tl.store(delta_ptr + per_query, delta, mask=is_token)
+    rows, grad, lse, delta = load_gradient(
+        grad_ptr, out_ptr, lse_ptr, delta_ptr, image, head, num_heads, tokens, token, is_token, channel,
+        True, HEAD_DIM, BLOCK_D,
+    )  # fmt: skip
+    tl.store(delta_ptr + (image * num_heads + head) * tokens + token, delta, mask=is_token)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, topk * w, BLOCK_N):
@@ -194,15 +179,10 @@ def _backward_kv(
         reader = tl.load(readers_ptr + begin + slot, mask=exists, other=0)
         token = _token(reader, query - slot * w_q, q_width, across, q_window_h, q_window_w)
         q = load_rows(q_ptr + image * q_image + first_channel, token * q_token, exists, channel, HEAD_DIM, BLOCK_D)
-        rows = (image * tokens + token) * (num_heads * HEAD_DIM)
-        grad = load_rows(grad_ptr + first_channel, rows, exists, channel, HEAD_DIM, BLOCK_D)
-        per_query = (image * num_heads + head) * tokens + token
-        lse = tl.load(lse_ptr + per_query, mask=exists, other=float("inf"))
-        if WITH_DQ:
-            out = load_rows(out_ptr + first_channel, rows, exists, channel, HEAD_DIM, BLOCK_D)
-            delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-        else:
-            delta = tl.load(delta_ptr + per_query, mask=exists, other=0.0)
+        rows, grad, lse, delta = load_gradient(
+            grad_ptr, out_ptr, lse_ptr, delta_ptr, image, head, num_heads, tokens, token, exists, channel,
+            WITH_DQ, HEAD_DIM, BLOCK_D,
+        )  # fmt: skip
         # Keys are the rows here, so that no tile of weights has to be transposed.
         logits = dot(k, tl.trans(q), PRECISION) * (scale * LOG2E)
         weights = tl.exp2(logits - lse[None, :])
@@ -220,11 +200,11 @@ def _backward_kv(
 
 def _keys(arguments: dict[str, Any], block: Block) -> float:
     keys = arguments["topk"] * arguments["window_h"] * arguments["window_w"]
-    return triton.cdiv(keys, block.n)
+    return cdiv(keys, block.n)
 
 
 def _readers(arguments: dict[str, Any], block: Block) -> float:
-    return triton.cdiv(arguments["topk"] * arguments["q_window_h"] * arguments["q_window_w"], block.m)
+    return cdiv(arguments["topk"] * arguments["q_window_h"] * arguments["q_window_w"], block.m)
 
 
 _QUERY_BLOCKS = [
@@ -249,7 +229,7 @@ _run_backward_kv = Kernel(
 )
 _run_invert = Kernel(
     *(_invert, [(1024, 1, 4, 1), (256, 1, 4, 1), (64, 1, 2, 1), (16, 1, 1, 1)]),
-    lambda arguments, block: triton.cdiv(arguments["windows"] * arguments["topk"], block.m),
+    lambda arguments, block: cdiv(arguments["windows"] * arguments["topk"], block.m),
 )
 
 
@@ -285,7 +265,7 @@ def forward(
     arguments = _describe(q, k, v, idx, n_win, num_heads)
     w_q, w, topk = _sizes(arguments)
     _run_forward(
-        lambda block: idx.shape[0] * idx.shape[1] * triton.cdiv(w_q, block.m) * num_heads,
+        lambda block: idx.shape[0] * idx.shape[1] * cdiv(w_q, block.m) * num_heads,
         (padded(w_q), padded(w * topk)),
         **arguments, idx_ptr=idx, out_ptr=out, lse_ptr=lse, scale=scale,
     )  # fmt: skip
@@ -332,13 +312,13 @@ def backward(
     windows = idx.shape[0] * idx.shape[1]
     if not one_pass:
         _run_backward_q(
-            lambda block: windows * triton.cdiv(w_q, block.m) * num_heads,
+            lambda block: windows * cdiv(w_q, block.m) * num_heads,
             (padded(w_q), padded(w * topk)),
             **arguments, idx_ptr=idx,
         )  # fmt: skip
     readers, first = invert_routes(idx)
     _run_backward_kv(
-        lambda block: windows * triton.cdiv(w, block.n) * num_heads,
+        lambda block: windows * cdiv(w, block.n) * num_heads,
         (padded(w_q * topk), padded(w)),
         **arguments, readers_ptr=readers, first_ptr=first, dk_ptr=dk, dv_ptr=dv, WITH_DQ=one_pass,
     )  # fmt: skip

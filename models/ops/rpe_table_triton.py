@@ -26,7 +26,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch_triton import Block, Kernel, padded, rounded
+from .launch_triton import Block, Kernel, cdiv, padded
+from .tiles_triton import rounded
 
 PROGRAMS = 1024
 """As many as fill a large GPU a few times; where there are fewer, the work of one is shared out."""
@@ -275,7 +276,7 @@ def _pairs(arguments: dict[str, Any], block: Block) -> float:
     """Pairs that meet a program's cells, on average."""
     pairs = arguments["images"] * arguments["some_agents"] / arguments["shares"]
     for side, cells, tile in (("height", "table_h", block.m), ("width", "table_w", block.n)):
-        tiles = triton.cdiv(arguments[cells], tile)
+        tiles = cdiv(arguments[cells], tile)
         pairs *= min(1, (arguments[side] + tile) / (tiles * tile))
     return pairs
 
@@ -297,13 +298,13 @@ def pack(q: Tensor, rpe_table: Tensor, positions: Tensor, on_cells: bool) -> dic
     heads, table_h, table_w = rpe_table.shape
     images, agents, groups = len(positions), positions.shape[1] * positions.shape[2], positions.shape[3]
     size = (table_h + (q.dtype == torch.float32)) * table_w
-    row = 64 * triton.cdiv(agents, 64)
+    row = 64 * cdiv(agents, 64)
     packed = rpe_table.new_empty((heads, size), dtype=torch.int64)
     begins = rpe_table.new_empty(images * groups * row, dtype=torch.int32)
     places = rpe_table.new_empty(2 * images * groups * row, dtype=torch.float32)
     total = images * groups * row
     _run_pack(
-        lambda block: heads * triton.cdiv(size, block.m) + triton.cdiv(total, block.m), (padded(max(size, total)), 1),
+        lambda block: heads * cdiv(size, block.m) + cdiv(total, block.m), (padded(max(size, total)), 1),
         table_ptr=rpe_table.contiguous(), packed_ptr=packed, positions_ptr=positions, begins_ptr=begins,
         places_ptr=places, type_ptr=q.new_empty(0), num_heads=heads, packed_size=size, table_h=table_h, table_w=table_w,
         images=images, groups=groups, agents=agents, row_of_agents=row, ON_CELLS=on_cells,
@@ -324,18 +325,18 @@ def add_table_gradient_(
     arguments |= {"first_image": part[0].start, "first_agent": part[1].start, "some_agents": agents}
     on_cells = geometry["ON_CELLS"]
     size = padded(table_h), padded(table_w)
-    tiles = triton.cdiv(table_h, 16 if on_cells else 8)
-    tiles *= triton.cdiv(table_w, min(128, size[1]) if on_cells else 64)
+    tiles = cdiv(table_h, 16 if on_cells else 8)
+    tiles *= cdiv(table_w, min(128, size[1]) if on_cells else 64)
     shares = max(1, min(PROGRAMS // (tiles * num_heads), images * agents))
 
     def programs(block: Block) -> int:
-        return triton.cdiv(table_h, block.m) * triton.cdiv(table_w, block.n) * shares * num_heads
+        return cdiv(table_h, block.m) * cdiv(table_w, block.n) * shares * num_heads
 
     if on_cells:
         sums = dtable.new_empty((shares, 4, *dtable.shape))
         _run_gather_on_cells(programs, size, **arguments, sums_ptr=sums, shares=shares)
         _run_add_shifted(
-            lambda block: triton.cdiv(dtable.numel(), block.m), (padded(dtable.numel()), 1),
+            lambda block: cdiv(dtable.numel(), block.m), (padded(dtable.numel()), 1),
             sums_ptr=sums, dtable_ptr=dtable, cells=dtable.numel(), table_h=table_h, table_w=table_w, shares=shares,
         )  # fmt: skip
         return

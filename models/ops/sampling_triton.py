@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch_triton import Block, Kernel, as_tokens, dot, padded, precision, rounded
+from .launch_triton import Block, Kernel, as_tokens, cdiv, padded, precision
+from .tiles_triton import dot, rounded
 
 
 @triton.jit
@@ -121,7 +122,7 @@ def _backward_map(
 
 
 def _channels(arguments: dict[str, Any], block: Block) -> float:
-    return triton.cdiv(arguments["channels"], block.n)
+    return cdiv(arguments["channels"], block.n)
 
 
 _run_forward = Kernel(_forward, [(16, 64, 4, 1), (16, 32, 4, 1), (16, 16, 1, 1)], lambda *_: 1)
@@ -129,7 +130,7 @@ _run_backward_positions = Kernel(_backward_positions, [(16, 64, 4, 1), (16, 32, 
 _run_backward_map = Kernel(
     _backward_map,
     [(64, 64, 4, 1), (64, 32, 4, 1), (32, 32, 4, 1), (16, 16, 1, 1)],
-    lambda arguments, _: triton.cdiv(arguments["agents"], 64),
+    lambda arguments, _: cdiv(arguments["agents"], 64),
 )
 
 
@@ -144,8 +145,8 @@ def forward(x: Tensor, positions: Tensor) -> Tensor:
     x, sizes = as_tokens(x), _sizes(x, positions)
     out = x.new_empty((*positions.shape[:3], x.shape[3]))
     _run_forward(
-        lambda block: x.shape[0] * sizes["groups"] * triton.cdiv(sizes["agents"], block.m)
-        * triton.cdiv(sizes["channels"], block.n),
+        lambda block: x.shape[0] * sizes["groups"] * cdiv(sizes["agents"], block.m)
+        * cdiv(sizes["channels"], block.n),
         (padded(sizes["agents"]), padded(sizes["channels"])),
         map_ptr=x, positions_ptr=positions.contiguous(), out_ptr=out,
         map_image=x.stride(0), map_token=x.stride(2), **sizes,
@@ -161,13 +162,13 @@ def backward(grad: Tensor, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor
     positions = positions.contiguous()
     programs, size = x.shape[0] * sizes["groups"], (padded(sizes["agents"]), padded(sizes["channels"]))
     _run_backward_positions(
-        lambda block: programs * triton.cdiv(sizes["agents"], block.m), size,
+        lambda block: programs * cdiv(sizes["agents"], block.m), size,
         grad_ptr=grad, map_ptr=x, positions_ptr=positions, dpositions_ptr=dpositions,
         map_image=x.stride(0), map_token=x.stride(2), **sizes,
     )  # fmt: skip
     pixels = sizes["height"] * sizes["width"]
     _run_backward_map(
-        lambda block: programs * triton.cdiv(pixels, block.m) * triton.cdiv(sizes["channels"], block.n),
+        lambda block: programs * cdiv(pixels, block.m) * cdiv(sizes["channels"], block.n),
         (padded(pixels), size[1]),
         grad_ptr=grad, positions_ptr=positions, dmap_ptr=dmap, **sizes, PRECISION=precision(x.dtype),
     )  # fmt: skip
