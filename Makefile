@@ -21,6 +21,7 @@ test-clients: $(VENV)/installed-dev
 	$(RUN) -m venv --without-pip $(CLIENTS)
 	$(RUN) -c 'import site; print(*site.getsitepackages(), sep="\n")' > $$(echo $(CLIENTS)/lib/python3*/site-packages)/libraries.pth
 	$(RUN) -m pip --python $(CLIENTS)/bin/python install --quiet --no-deps --no-index --no-build-isolation .
+	rm -rf build debiformer.egg-info
 	cd tests/clients && $(CURDIR)/$(CLIENTS)/bin/python -m pytest $(ARGS)
 
 demo: $(VENV)/installed-demo  # the page that shows what the attention does; ARGS="--checkpoint FILE"
