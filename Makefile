@@ -3,16 +3,26 @@
 
 PYTHON ?= python3
 VENV := .venv
+CLIENTS := .venv-clients
 MARKS ?= not slow
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test demo lint docs clean
+.PHONY: quickstart test test-clients demo lint docs clean
 
 quickstart: $(VENV)/installed
 	$(RUN) main.py
 
 test: $(VENV)/installed-dev lint
 	$(RUN) -m pytest -n auto --dist loadgroup -m '$(MARKS)' $(ARGS)
+
+# The models as an installed package, with the libraries of .venv, at work in those of requirements-clients.txt.
+test-clients: $(VENV)/installed-dev
+	rm -rf $(CLIENTS) build
+	$(RUN) -m venv --without-pip $(CLIENTS)
+	$(RUN) -c 'import site; print(*site.getsitepackages(), sep="\n")' > $$(echo $(CLIENTS)/lib/python3*/site-packages)/libraries.pth
+	$(RUN) -m pip --python $(CLIENTS)/bin/python install --quiet --no-deps --no-index --no-build-isolation .
+	rm -rf build debiformer.egg-info
+	cd tests/clients && $(CURDIR)/$(CLIENTS)/bin/python -m pytest $(ARGS)
 
 demo: $(VENV)/installed-demo  # the page that shows what the attention does; ARGS="--checkpoint FILE"
 	$(RUN) -m visualize.app $(ARGS)
@@ -26,7 +36,7 @@ docs: $(VENV)/installed  # what is generated from code
 	$(RUN) -m benchmarks.model_table --write README.md
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) $(CLIENTS)
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 14) and "Python 3.10 to 3.13 is needed: make PYTHON=python3.12 ...")'
@@ -38,6 +48,6 @@ $(VENV)/installed-demo: requirements-demo.txt $(VENV)/installed
 	$(RUN) -m pip install --quiet -r requirements-demo.txt
 	touch $@
 
-$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed-demo
+$(VENV)/installed-dev: requirements-dev.txt requirements-clients.txt $(VENV)/installed-demo
 	$(RUN) -m pip install --quiet -r requirements-dev.txt
 	touch $@

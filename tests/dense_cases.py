@@ -10,4 +10,5 @@ HEADS = {
     "upernet": ["--task", "segmentation", "--crop", "32", "--head_channels", "16"],
     "retinanet": ["--task", "detection"],
     "mask_rcnn": ["--task", "detection"],
+    "rtdetrv2": ["--task", "detection"],
 }

@@ -17,9 +17,10 @@ from tasks.dense import DenseOptions, DenseTask
 from .data import CocoImages, find_split, mask_tools
 from .evaluator import CocoEvaluator
 from .model import mask_rcnn, retinanet
+from .rtdetrv2 import library, rtdetrv2
 from .transforms import Transform
 
-HEADS = {"mask_rcnn": mask_rcnn, "retinanet": retinanet}
+HEADS = {"mask_rcnn": mask_rcnn, "retinanet": retinanet, "rtdetrv2": rtdetrv2}
 
 
 @dataclass
@@ -60,6 +61,8 @@ class Detection(DenseTask):
     def check(self) -> None:
         super().check()
         mask_tools()
+        if self.opts.head == "rtdetrv2":
+            library()
 
     def sources(self, trained: Sequence[str] = ()) -> tuple[Dataset | None, Dataset]:
         root, masks = self.data_folder(), self.masks

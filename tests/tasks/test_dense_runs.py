@@ -51,7 +51,9 @@ def stop_after(monkeypatch, updates):
     monkeypatch.setattr(engine.TrainStep, "step", counting)
 
 
-@pytest.mark.parametrize("head", ["semantic_fpn", "upernet", "retinanet", pytest.param("mask_rcnn", marks=slow)])
+@pytest.mark.parametrize(
+    "head", ["semantic_fpn", "upernet", "retinanet", "rtdetrv2", pytest.param("mask_rcnn", marks=slow)]
+)
 def test_a_dense_run_resumes_midway_and_evaluates_as_it_trained(options_for, monkeypatch, head):
     whole, stopped = options_for(head, folder="whole"), options_for(head)
     main.run(whole)
@@ -73,7 +75,9 @@ def test_a_dense_run_resumes_midway_and_evaluates_as_it_trained(options_for, mon
     assert figures["images"] == 3
 
 
-@pytest.mark.parametrize("head", ["semantic_fpn", "retinanet", pytest.param("mask_rcnn", marks=slow)])
+@pytest.mark.parametrize(
+    "head", ["semantic_fpn", "retinanet", *(pytest.param(head, marks=slow) for head in ("rtdetrv2", "mask_rcnn"))]
+)
 def test_a_dense_run_trains_in_half_precision(options_for, head):
     options = options_for(head, "--amp", "bf16", "--epochs", "1")
     main.run(options)
