@@ -165,6 +165,10 @@ class Task(ABC):
             raise UsageError(f"{path} does not say which classes it knows; name a run's best.pth or checkpoint.pth")
         self.num_classes, self.classes = len(names), labels_of(checkpoint, len(names))
 
+    def attending(self, model: nn.Module) -> nn.Module:
+        """Return the part of a model, images (B, 3, H, W) -> anything, whose attention can be looked at."""
+        return model
+
     def predict(self, model: nn.Module, image: Image.Image, least: float = 0.3) -> Prediction:
         """Say what a model in evaluation mode sees in an RGB image.
 

@@ -81,6 +81,9 @@ class DenseTask(Task):
             raise UsageError(f"--data_path {root} is not a folder")
         return root
 
+    def attending(self, model: nn.Module) -> nn.Module:
+        return self.body
+
     def batch_of(self, image: Image.Image, **nothing: Any) -> Batch:
         """Return an image as evaluation shows it to the model, on the device.
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import nn
 
-from models.weights import WeightsError, options_of
+from models.weights import WeightsError, check_outline, options_of, weights_of
 
-from . import DEFAULT_TASK, find_task
+from . import DEFAULT_TASK, Task, find_task
 from .options import Options, options_of_task
 
 
@@ -39,6 +40,22 @@ def trained_options(checkpoint: Mapping[str, Any], path: str | Path) -> Options:
     for option, value in options_of(checkpoint).items():
         setattr(options, option, value)
     return options
+
+
+def restore(
+    options: Options, checkpoint: Mapping[str, Any], path: str | Path, use_ema: bool = False
+) -> tuple[Task, nn.Module]:
+    """Return the task, and its model with a checkpoint's weights, in evaluation mode on the CPU.
+
+    Raises:
+        UsageError, WeightsError: the checkpoint lacks something, or is of another model.
+    """
+    task, weights = find_task(options.task)(options), weights_of(checkpoint, path, use_ema)
+    task.recall(checkpoint, weights, path)
+    check_outline(task.build_model, weights, path)
+    model = task.build_model()
+    model.load_state_dict(weights)
+    return task, model.eval()
 
 
 def _saved(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

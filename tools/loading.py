@@ -10,7 +10,7 @@ import timm
 from torch import nn
 
 from models.labels import labels_of
-from models.weights import check_outline, load_checkpoint, options_of, weights_of
+from models.weights import load_checkpoint, options_of
 from runtime.command_line import KeyValues, with_underscores
 from runtime.errors import OneLineParser, UsageError
 from runtime.model import check_model_name
@@ -18,7 +18,7 @@ from runtime.options import check_ranges
 from tasks import Task, find_task
 from tasks.classification.task import Classification
 from tasks.options import Options
-from tasks.trained import trained_options
+from tasks.trained import restore, trained_options
 
 UNTRAINED = "*** UNTRAINED WEIGHTS: no --checkpoint was given, what the model says is random ***"
 
@@ -66,16 +66,13 @@ def load_model(
     check_model_name(name, "--model")
     options.model, options.input_size = name, saved.get("input_size", _native_size(name))
     options.model_kwargs = {**options.model_kwargs, **(model_kwargs or {})}
-    task = find_task(options.task)(options)
-    if not (any_task or isinstance(task, Classification)):
+    kind = find_task(options.task)
+    if not (any_task or issubclass(kind, Classification)):
         raise UsageError(f"{checkpoint} is of --task {options.task}; this tool takes classifiers alone")
     if checkpoint:
-        weights = weights_of(content, checkpoint, use_ema)
-        task.recall(content, weights, checkpoint)
-        check_outline(task.build_model, weights, checkpoint)
-        model = task.build_model()
-        model.load_state_dict(weights)
+        task, model = restore(options, content, checkpoint, use_ema)
     else:
+        task = kind(options)
         task.num_classes, task.classes = 1000, labels_of({}, 1000)
         model = task.build_model()
     options.input_size = options.input_size if input_size is None else input_size
