@@ -109,7 +109,7 @@ def load_dense(name: str | None, content: dict[str, Any], checkpoint: str | Path
     if name not in (None, options.model):
         raise UsageError(f"{checkpoint} is of {options.model}, not of {name}; choose that model or another checkpoint")
     task, model = restore(options, content, checkpoint)
-    part = Backbone(task.attending(model))
+    part = Backbone(task.attending(model)).eval()
     check_readable(part, options.model)
     pixels, classes = pixels_of(options.model), in_words(task.classes)
     return DenseSubject(
