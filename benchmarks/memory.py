@@ -2,6 +2,8 @@
 
 import concurrent.futures
 import multiprocessing
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -10,11 +12,15 @@ from runtime.errors import UsageError
 from .measure import PeakMemory
 from .workloads import LARGE_MAPS, Case, build_step
 
+Builder = Callable[[torch.device], Callable[[], None]]
+"""Makes a step on a device; it can be pickled."""
 
-def peak_memory(what: Case | str, device: torch.device) -> int | None:
+
+def peak_memory(what: Case | str | Builder, device: torch.device) -> int | None:
     """Bytes above what stood before the step: weights, optimizer state and images; None where it cannot be told.
 
-    what: a step, or a name in `LARGE_MAPS`. On CUDA a step is made beforehand: libraries and kernels load in it.
+    what: a step, a name in `LARGE_MAPS`, or what makes a step. On CUDA a step is made beforehand: libraries and kernels
+    load in it.
     """
     if device.type != "cpu":
         return _peak(what, device, warmup=1)
@@ -28,13 +34,14 @@ def peak_memory(what: Case | str, device: torch.device) -> int | None:
             raise UsageError(f"{what} did not fit the memory; take a smaller batch or input size") from error
 
 
-def _peak_in_child(what: Case | str, threads: int) -> int | None:
+def _peak_in_child(what: Case | str | Builder, threads: int) -> int | None:
     torch.set_num_threads(threads)
     return _peak(what, torch.device("cpu"), warmup=0)
 
 
-def _peak(what: Case | str, device: torch.device, warmup: int) -> int | None:
-    step = build_step(what, device) if isinstance(what, Case) else LARGE_MAPS[what](device)
+def _peak(what: Case | str | Builder, device: torch.device, warmup: int) -> int | None:
+    build = partial(build_step, what) if isinstance(what, Case) else LARGE_MAPS.get(what, what)
+    step = build(device)
     for _ in range(warmup):
         step()
     with PeakMemory(device) as peak:

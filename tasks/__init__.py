@@ -4,9 +4,9 @@ from importlib import import_module
 
 from runtime.errors import UsageError, did_you_mean
 
-from .base import Batch, Evaluator, Sample, Task
+from .base import Batch, Evaluator, Prediction, Sample, Task
 
-__all__ = ["DEFAULT_TASK", "TASKS", "Batch", "Evaluator", "Sample", "Task", "find_task"]
+__all__ = ["DEFAULT_TASK", "TASKS", "Batch", "Evaluator", "Prediction", "Sample", "Task", "find_task"]
 
 TASKS = {
     "classification": "tasks.classification.task:Classification",

@@ -4,15 +4,19 @@ The engine, loaders, checkpoints and logs call these methods and know no task. d
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset, default_collate
 
+from models.labels import labels_of
 from runtime.distributed import DistInfo
+from runtime.errors import UsageError
 
 Sample = dict[str, Any]
 """One example. "image": a path, an open file or a PIL image, and after the transform a uint8 tensor (3, H, W)."""
@@ -37,6 +41,14 @@ class Evaluator(ABC):
         """
 
 
+@dataclass(frozen=True)
+class Prediction:
+    """What a model says of an image: in lines and, where there is something to draw, as the image drawn over."""
+
+    lines: list[str]
+    picture: Image.Image | None = None
+
+
 class Task(ABC):
     """A kind of training: its data, loss and figures.
 
@@ -48,6 +60,8 @@ class Task(ABC):
 
     options: ClassVar[tuple[type, ...]]
     """Dataclasses of the task's own options."""
+    lasting: ClassVar[tuple[type, ...]] = ()
+    """Those of them that the model and its predictions depend on, and that a checkpoint is therefore asked for."""
     checks: ClassVar[tuple[Callable[[Any], None], ...]] = ()
     """What its options must not contradict: functions of all options that raise UsageError."""
     metric: ClassVar[str]
@@ -141,3 +155,24 @@ class Task(ABC):
     def notes(self, trained: dict[str, Any], classes: Sequence[str]) -> list[str]:
         """Say what the user should know when evaluating weights that were trained with these options and classes."""
         return []
+
+    # -- a trained model in use
+
+    def recall(self, checkpoint: Mapping[str, Any], weights: Mapping[str, Tensor], path: str | Path) -> None:
+        """Set the classes to those of a checkpoint, instead of those of data. UsageError if it does not say them."""
+        names = checkpoint.get("classes")
+        if not isinstance(names, list | tuple) or not names:
+            raise UsageError(f"{path} does not say which classes it knows; name a run's best.pth or checkpoint.pth")
+        self.num_classes, self.classes = len(names), labels_of(checkpoint, len(names))
+
+    def attending(self, model: nn.Module) -> nn.Module:
+        """Return the part of a model, images (B, 3, H, W) -> anything, whose attention can be looked at."""
+        return model
+
+    def predict(self, model: nn.Module, image: Image.Image, least: float = 0.3) -> Prediction:
+        """Say what a model in evaluation mode sees in an RGB image.
+
+        Args:
+            least: objects of a lower score, 0..1, are not worth showing.
+        """
+        raise UsageError(f"--task {self.opts.task} does not say what its predictions look like")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+from PIL import Image
 from torch import Tensor, nn
 
 from models.arguments import check_arguments
@@ -17,7 +18,7 @@ from runtime.errors import UsageError
 from runtime.model import build_model
 from runtime.options import option
 
-from .base import Task
+from .base import Batch, Task
 
 
 def build_backbone(opts: Any) -> tuple[nn.Module, list[int], nn.Module]:
@@ -79,6 +80,17 @@ class DenseTask(Task):
         if not root.is_dir():
             raise UsageError(f"--data_path {root} is not a folder")
         return root
+
+    def attending(self, model: nn.Module) -> nn.Module:
+        return self.body
+
+    def batch_of(self, image: Image.Image, **nothing: Any) -> Batch:
+        """Return an image as evaluation shows it to the model, on the device.
+
+        nothing: what a sample has besides, of an image on which nothing is labelled.
+        """
+        sample = self.transform(train=False)({"image": image, **nothing})
+        return self.preprocess(self.collate([{**sample, "image": sample["image"].to(self.device)}]), train=False)
 
     @property
     def eval_batch_size(self) -> int:

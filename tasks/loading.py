@@ -52,23 +52,32 @@ class Transformed(Dataset):
 
     def read(self, index: int) -> Sample:
         """Return a sample with its image opened. Raises UsageError, naming the file, if that cannot be done."""
-        name = self.source.name_of(index)
+        return opened(lambda: self.source[index], self.source.name_of(index), self.max_pixels)
 
-        def read() -> Sample:
-            sample = self.source[index]
-            image = sample["image"]
-            return {**sample, "image": image if isinstance(image, Image.Image) else open_rgb(image, self.max_pixels)}
 
-        try:
-            return read_patiently(read, f"image {name}")
-        except (TemporaryFailure, UsageError):
-            raise
-        except ImageRefused as error:
-            raise UsageError(f"cannot read image {name}: it {error} (--max_image_pixels)") from error
-        except Exception as error:
-            # A broken file makes Pillow raise anything from OSError to struct.error.
-            kind = type(error).__name__
-            raise UsageError(f"cannot read image {name} ({kind}: {error}); repair or remove it") from error
+def opened(get: Callable[[], Sample], name: str, max_pixels: int) -> Sample:
+    """Return the sample of `get` with its image opened. Raises UsageError, with this name, if that cannot be done."""
+
+    def read() -> Sample:
+        sample = get()
+        image = sample["image"]
+        return {**sample, "image": image if isinstance(image, Image.Image) else open_rgb(image, max_pixels)}
+
+    try:
+        return read_patiently(read, f"image {name}")
+    except (TemporaryFailure, UsageError):
+        raise
+    except ImageRefused as error:
+        raise UsageError(f"cannot read image {name}: it {error} (--max_image_pixels)") from error
+    except Exception as error:
+        # A broken file makes Pillow raise anything from OSError to struct.error.
+        kind = type(error).__name__
+        raise UsageError(f"cannot read image {name} ({kind}: {error}); repair or remove it") from error
+
+
+def open_image(path: str) -> Image.Image:
+    """Open an image file as RGB. Raises UsageError, naming it, if that cannot be done."""
+    return opened(lambda: {"image": path}, path, MAX_PIXELS)["image"]
 
 
 @dataclass

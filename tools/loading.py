@@ -10,12 +10,15 @@ import timm
 from torch import nn
 
 from models.labels import labels_of
-from models.weights import check_outline, count_classes, load_checkpoint, options_of, weights_of
+from models.weights import load_checkpoint, options_of
 from runtime.command_line import KeyValues, with_underscores
-from runtime.errors import OneLineParser
-from runtime.model import build_model, check_model_name
+from runtime.errors import OneLineParser, UsageError
+from runtime.model import check_model_name
 from runtime.options import check_ranges
+from tasks import Task, find_task
+from tasks.classification.task import Classification
 from tasks.options import Options
+from tasks.trained import restore, trained_options
 
 UNTRAINED = "*** UNTRAINED WEIGHTS: no --checkpoint was given, what the model says is random ***"
 
@@ -32,35 +35,49 @@ class Loaded:
     labels: list[str]
     trained: bool
 
+    def task_on(self, device: Any) -> Task:
+        """Move the model to a device; return what says what it sees there."""
+        self.model.to(device)
+        task = find_task(self.options.task)(self.options, device=device)
+        task.classes, task.num_classes = self.labels, len(self.labels)
+        return task
+
 
 def load_model(
-    name: str,
+    name: str | None = None,
     checkpoint: str = "",
     *,
     use_ema: bool = False,
     input_size: int | None = None,
     model_kwargs: dict[str, Any] | None = None,
+    any_task: bool = False,
 ) -> Loaded:
     """A model with a checkpoint's weights, classes and training options, or untrained with 1000 classes.
 
-    input_size: side of the images in pixels; None: as trained. model_kwargs go to the model, on top of the
-    checkpoint's. UsageError for an unknown model, WeightsError for a checkpoint that is none or of another one.
+    name: None: the checkpoint's. input_size: side of the images in pixels; None: as trained. model_kwargs go to the
+    model, on top of the checkpoint's. any_task: models that are no classifiers are welcome, too.
+    UsageError for an unknown model, WeightsError for a checkpoint that is none or of another one.
     """
-    check_model_name(name, "--model")
     content = load_checkpoint(checkpoint) if checkpoint else {}
-    options = Options(**{"input_size": _native_size(name), "drop_path": 0.0, **options_of(content), "model": name})
+    options, saved = trained_options(content, checkpoint), options_of(content)
+    name = name or saved.get("model")
+    if name is None:
+        raise UsageError(f"{checkpoint} does not say its model; pass --model" if checkpoint else "--model is missing")
+    check_model_name(name, "--model")
+    options.model, options.input_size = name, saved.get("input_size", _native_size(name))
     options.model_kwargs = {**options.model_kwargs, **(model_kwargs or {})}
+    kind = find_task(options.task)
+    if not (any_task or issubclass(kind, Classification)):
+        raise UsageError(f"{checkpoint} is of --task {options.task}; this tool takes classifiers alone")
     if checkpoint:
-        weights = weights_of(content, checkpoint, use_ema)
-        num_classes = count_classes(weights, name, checkpoint)
-        check_outline(lambda: build_model(options, num_classes), weights, checkpoint)
-        model = build_model(options, num_classes)
-        model.load_state_dict(weights)
+        task, model = restore(options, content, checkpoint, use_ema)
     else:
-        model = build_model(options, 1000)
+        task = kind(options)
+        task.num_classes, task.classes = 1000, labels_of({}, 1000)
+        model = task.build_model()
     options.input_size = options.input_size if input_size is None else input_size
     check_ranges(options, prefix="--")
-    return Loaded(model.eval(), options, labels_of(content, model.num_classes), trained=bool(checkpoint))
+    return Loaded(model.eval(), options, list(task.classes), trained=bool(checkpoint))
 
 
 def _native_size(name: str) -> int:
@@ -71,17 +88,21 @@ def _native_size(name: str) -> int:
 def model_parser(program: str, description: str) -> OneLineParser:
     """A command line that says which model to load."""
     parser = OneLineParser(prog=f"python -m {program}", description=description, allow_abbrev=False)
-    parser.add_argument("--model", required=True, help="a model of this project or any of timm's")
+    parser.add_argument("--model", help="a model of this project or any of timm's; default: the checkpoint's")
     parser.add_argument("--checkpoint", default="", help="file with its weights; its class count and options are used")
     parser.add_argument("--use_ema", action="store_true", help="take the checkpoint's averaged weights")
-    parser.add_argument("--input_size", type=int, metavar="PIXELS", help="side of the images; default: as trained")
+    parser.add_argument(
+        "--input_size", type=int, metavar="PIXELS", help="side of a classifier's images; default: as trained"
+    )
     parser.add_argument(
         "--model_kwargs", nargs="+", action=KeyValues, default={}, metavar="NAME=VALUE", help="arguments of the model"
     )
     return parser
 
 
-def load_from(parser: OneLineParser, argv: Sequence[str] | None) -> tuple[argparse.Namespace, Loaded]:
+def load_from(
+    parser: OneLineParser, argv: Sequence[str] | None, any_task: bool = False
+) -> tuple[argparse.Namespace, Loaded]:
     """The arguments of a command line (of this process if None) and the model that they name."""
     args = parser.parse_args([with_underscores(arg) for arg in (sys.argv[1:] if argv is None else argv)])
     loaded = load_model(
@@ -90,5 +111,6 @@ def load_from(parser: OneLineParser, argv: Sequence[str] | None) -> tuple[argpar
         use_ema=args.use_ema,
         input_size=args.input_size,
         model_kwargs=args.model_kwargs,
+        any_task=any_task,
     )
     return args, loaded

@@ -10,11 +10,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from runtime.errors import OneLineParser, UsageError, exit_on_error, listed
+from tasks import Prediction
 
 from . import evidence, figures, maps, panels
 from .images import image_files, open_image
 from .report import UNTRAINED, Picture, Section, report_html
-from .subject import DEFAULT_MODEL, Subject, load_subject
+from .subject import DEFAULT_MODEL, DenseSubject, Subject, load_subject
 
 
 def parser() -> OneLineParser:
@@ -63,11 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     subject = load_subject(options.model, options.checkpoint, options.load_release)
     if not subject.trained:
         print(f"{subject.name} has UNTRAINED WEIGHTS: the pictures show the mechanism, nothing learnt", file=sys.stderr)
-    size = (subject.input_size, subject.input_size)
-    centre = [(subject.input_size // 2, subject.input_size // 2)]
-    points = panels.grid_of_queries(size, options.grid) if options.grid is not None else options.query or centre
-    queries = [panels.Query(x, y, options.stage, options.block, options.head) for x, y in points]
-
+    if options.evidence and isinstance(subject, DenseSubject):
+        raise UsageError(f"--evidence is for classifiers; {subject.facts}")
     stems = [path.stem for path in files]
     failed: dict[str, UsageError] = {}
     bar = tqdm(files, unit="image", disable=len(files) == 1 or not sys.stderr.isatty())
@@ -80,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             continue
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_all(subject, image, path.name, queries, options.evidence, folder)
+            view = subject.view(image)
+            write_all(subject, view, path.name, queries_in(view, options), options.evidence, folder)
         except OSError as error:
             raise UsageError(f"cannot write to {folder}: {error.strerror}; choose another --output") from error
         bar.write(f"{folder / 'report.html'}")
@@ -90,20 +89,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         raise UsageError(f"{len(failed)} of {len(files)} files could not be read: {listed(failed.values())}")
 
 
+def queries_in(view: Image.Image, options: argparse.Namespace) -> list[panels.Query]:
+    """What is asked of a picture: a grid of points, those that were given, or its centre."""
+    centre = [(view.width // 2, view.height // 2)]
+    size = (view.height, view.width)
+    points = panels.grid_of_queries(size, options.grid) if options.grid is not None else options.query or centre
+    return [panels.Query(x, y, options.stage, options.block, options.head) for x, y in points]
+
+
 def write_all(
-    subject: Subject, image: Image.Image, name: str, queries: list[panels.Query], evident: bool, folder: Path
+    subject: Subject, view: Image.Image, name: str, queries: list[panels.Query], evident: bool, folder: Path
 ) -> None:
-    """Everything about one RGB image: PNGs, layers.gif (of the first query) and report.html, into the folder."""
-    view = subject.view(image)
+    """Everything about what the model sees: PNGs, layers.gif (of the first query) and report.html, into the folder."""
     picture = np.asarray(view)
     capture = subject.capture(view)
-    (best_class, share), *_ = maps.predictions(capture, subject.classes)
-    seen, untrained = f"“{best_class}” ({100 * share:.0f} %)", "" if subject.trained else f", {UNTRAINED}"
-    sections = []
+    predictions = maps.predictions(capture, subject.classes)
+    seen = "".join(f": “{name}” ({100 * share:.0f} %)" for name, share in predictions[:1])
+    untrained = "" if subject.trained else f", {UNTRAINED}"
+    sections = (
+        [Section("Prediction", [_drawn(subject.seen(view), folder)])] if isinstance(subject, DenseSubject) else []
+    )
     for query in queries:
         shown = [panels.picture_panel(picture, query), *panels.panels_of(capture, picture, query)]
         sections.append(Section(query.words, _write_panels(shown, capture.size, folder, f"_{query.x}_{query.y}")))
-        overview = panels.overview(shown, f"{subject.name}{untrained}: {seen}. {query.words}", capture.size)
+        overview = panels.overview(shown, f"{subject.name}{untrained}{seen}. {query.words}", capture.size)
         overview.savefig(folder / f"overview_{query.x}_{query.y}.png")
     if evident:
         best = int(capture.logits.argmax())
@@ -120,12 +129,18 @@ def write_all(
         report_html(
             f"{name} through {subject.name}",
             subject.facts,
-            maps.predictions(capture, subject.classes),
+            predictions,
             sections,
             subject.trained,
         ),
         encoding="utf-8",
     )
+
+
+def _drawn(prediction: Prediction, folder: Path) -> Picture:
+    data = figures.png_bytes(prediction.picture)
+    (folder / "prediction.png").write_bytes(data)
+    return Picture("What the model sees", "; ".join(line.strip() for line in prediction.lines[:5]), data)
 
 
 def _write_panels(shown: list[panels.Panel], size: tuple[int, int], folder: Path, suffix: str = "") -> list[Picture]:

@@ -20,7 +20,7 @@ from typing import NoReturn
 from runtime.errors import OneLineParser, UsageError, exit_on_error
 
 from .storage import Storage
-from .subject import DEFAULT_MODEL, load_subject
+from .subject import DEFAULT_MODEL, load_classifier
 
 
 def parser() -> OneLineParser:
@@ -89,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         notice = f"Whoever reaches {options.host} can use the page; --auth USER:PASSWORD asks for a name and a password"
         print(notice, file=sys.stderr, flush=True)
     check_address(options.host, options.port)
-    start = load_subject(options.model, options.checkpoint or None)  # a mistake is a line here, not a page
+    start = load_classifier(options.model, options.checkpoint or None)  # a mistake is a line here, not a page
     offered = [path for path in find_checkpoints(options.checkpoints) if path != options.checkpoint]
     if options.checkpoint:
         offered.insert(0, options.checkpoint)

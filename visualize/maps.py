@@ -72,5 +72,5 @@ def to_pixels(layer: Layer, token_map: Tensor, size: tuple[int, int]) -> Tensor:
 
 def predictions(capture: Capture, classes: list[str], most: int = 5) -> list[tuple[str, float]]:
     """The most probable classes and their probabilities, best first."""
-    values, numbers = capture.logits.softmax(-1).topk(min(most, len(classes)))
+    values, numbers = capture.logits.softmax(-1).topk(min(most, len(capture.logits)))
     return [(classes[number], value) for number, value in zip(numbers.tolist(), values.tolist(), strict=True)]

@@ -51,8 +51,10 @@ class Section:
 def report_html(
     title: str, facts: str, predictions: Sequence[tuple[str, float]], sections: Sequence[Section], trained: bool
 ) -> str:
-    """The report. facts: one line on model and weights; predictions: class names and probabilities, best first."""
+    """The report. facts: one line on model and weights; predictions: class names and probabilities, best first;
+    none of what is no classifier."""
     rows = "".join(f"<tr><td>{escape(name)}</td><td>{100 * share:.1f} %</td></tr>" for name, share in predictions)
+    found = f"<h2>Prediction</h2><table>{rows}</table>" if rows else ""
     alarm = "" if trained else f'<p class="alarm"><strong>{UNTRAINED}</strong>{UNTRAINED_HINT}</p>'
     body = "".join(
         f'<h2>{escape(section.title)}</h2><div class="panels">{"".join(map(figure_html, section.pictures))}</div>'
@@ -63,7 +65,7 @@ def report_html(
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<title>{escape(title)}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head><body>'
         f'<h1>{escape(title)}</h1><p class="facts">{escape(facts)}</p>{alarm}'
-        f"<h2>Prediction</h2><table>{rows}</table>{body}</body></html>\n"
+        f"{found}{body}</body></html>\n"
     )
 
 

@@ -17,7 +17,7 @@ from . import evidence, figures, maps, panels
 from .capture import Capture
 from .images import open_image
 from .report import Picture, Section, report_html
-from .subject import Subject, load_subject
+from .subject import Subject, load_classifier
 
 PHOTO_SIDE = 1024
 """Pixels kept of a photo's longer side."""
@@ -96,7 +96,7 @@ def subject_of(choice: Choice) -> Subject:
 
 @lru_cache(maxsize=MODELS_KEPT)
 def _subject(model: str, checkpoint: str, changed: int) -> Subject:
-    return load_subject(model, checkpoint or None)
+    return load_classifier(model, checkpoint or None)
 
 
 @lru_cache(maxsize=CAPTURES_KEPT)

@@ -10,6 +10,7 @@ import timm
 import torch
 from PIL import Image
 from torch import Tensor, nn
+from torchvision.transforms.functional import resize
 
 import models
 from models.arguments import check_arguments
@@ -18,13 +19,19 @@ from models.pixels import Pixels, pixels_of
 from models.weights import check_outline, count_classes, load_checkpoint, load_weights, options_of, weights_of
 from models.weights.releases import find_release
 from runtime.errors import UsageError, did_you_mean
+from tasks import Prediction, Task, find_task
+from tasks.classification.task import Classification
 from tasks.classification.transforms import eval_crop
+from tasks.segmentation.transforms import fitted
+from tasks.trained import restore, task_name, trained_options
 
 from .capture import Capture, capture, check_readable, time_limit
 from .images import to_tensor, view_of
 
 DEFAULT_MODEL = "debiformer_tiny"
 MAX_INPUT_SIZE = 512
+MAX_DENSE_SIDE = 1024
+"""Pixels of the longer side that are shown of what a detector or segmenter sees."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +48,7 @@ class Subject:
     trained: bool
     input_size: int
     pixels: Pixels
-    lock: Any = field(default_factory=threading.Lock, repr=False)
+    lock: Any = field(default_factory=threading.Lock, repr=False, kw_only=True)
 
     @property
     def facts(self) -> str:
@@ -62,6 +69,62 @@ class Subject:
             return capture(self.model, to_tensor(view, self.pixels))
 
 
+class Backbone(nn.Module):
+    """The part of a model whose attention is shown, as a classifier without classes."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, image: Tensor) -> Tensor:
+        self.part(image)
+        return image.new_zeros(len(image), 0)
+
+
+@dataclass(frozen=True, eq=False)
+class DenseSubject(Subject):
+    """What sees more in an image than its class. model: its `Backbone`. whole: all of it, as `task` built it."""
+
+    task: Task
+    whole: nn.Module
+
+    @property
+    def facts(self) -> str:
+        return f"{self.name} as --task {self.task.opts.task}, {self.origin}, {len(self.classes)} classes"
+
+    def view(self, image: Image.Image) -> Image.Image:
+        """The image as its evaluation resizes it, but no larger than can be shown."""
+        opts = self.task.opts
+        size = fitted(image.size[::-1], min(opts.longest, MAX_DENSE_SIDE), opts.shortest)
+        return resize(image, list(size))
+
+    def seen(self, image: Image.Image) -> Prediction:
+        """What the whole model says of an image."""
+        return self.task.predict(self.whole, image)
+
+
+def load_dense(name: str | None, content: dict[str, Any], checkpoint: str | Path) -> DenseSubject:
+    """The backbone in a checkpoint of another task than classification. Errors as of `load_subject`."""
+    options = trained_options(content, checkpoint)
+    if name not in (None, options.model):
+        raise UsageError(f"{checkpoint} is of {options.model}, not of {name}; choose that model or another checkpoint")
+    task, model = restore(options, content, checkpoint)
+    part = Backbone(task.attending(model)).eval()
+    check_readable(part, options.model)
+    pixels, classes = pixels_of(options.model), in_words(task.classes)
+    return DenseSubject(
+        options.model, part, classes, str(checkpoint), True, options.input_size, pixels, task=task, whole=model
+    )
+
+
+def load_classifier(name: str | None = None, checkpoint: str | Path | None = None) -> Subject:
+    """`load_subject` for what shows square pictures and classes. UsageError for other tasks' checkpoints."""
+    subject = load_subject(name, checkpoint)
+    if isinstance(subject, DenseSubject):
+        raise UsageError(f"{checkpoint} is no classifier's: python -m visualize IMAGE --checkpoint FILE shows it")
+    return subject
+
+
 def load_subject(name: str | None = None, checkpoint: str | Path | None = None, load_release: bool = False) -> Subject:
     """Build a model and load a checkpoint into it, as it was trained: input size, classes and arguments are its own.
 
@@ -73,6 +136,8 @@ def load_subject(name: str | None = None, checkpoint: str | Path | None = None, 
         name = name or DEFAULT_MODEL
         checkpoint = find_release(name)
     content = load_checkpoint(checkpoint) if checkpoint else {}
+    if not issubclass(find_task(task_name(content)), Classification):
+        return load_dense(name, content, checkpoint)
     args = {} if load_release else options_of(content)  # a release has its model's published size and classes
     trained_as = args.get("model")
     name = name or trained_as or DEFAULT_MODEL

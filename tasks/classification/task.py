@@ -1,23 +1,26 @@
 """Classification as the engine sees it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
+from PIL import Image
 from timm.data import ImageNetInfo, Mixup
 from timm.data.random_erasing import RandomErasing
 from torch import Tensor, nn
 from torch.utils.data import Dataset, IterableDataset
 
+from models.labels import in_words, labels_of
 from models.pixels import normalize
-from models.weights import load_to_finetune
+from models.weights import count_classes, load_to_finetune
 from runtime.agreement import decide
 from runtime.errors import UsageError
 from runtime.model import build_model, check_model_name
 from runtime.samplers import REPEATS
 from runtime.storage import read_patiently
-from tasks.base import Batch, Evaluator, Sample, Task
+from tasks.base import Batch, Evaluator, Prediction, Sample, Task
 
 from .eval_sets import TITLES, open_eval_set
 from .evaluator import TopK
@@ -189,6 +192,33 @@ class Classification(Task):
             nameless = self.opts.resume if self.named else f"--data_set {self.opts.data_set}"
             lines.append(f"{nameless} does not name its classes: they go by number")
         return lines
+
+    # -- a trained model in use
+
+    def recall(self, checkpoint: Mapping[str, Any], weights: Mapping[str, Tensor], path: str | Path) -> None:
+        self.num_classes = count_classes(weights, self.opts.model, path)
+        self.classes = labels_of(checkpoint, self.num_classes)
+
+    @torch.no_grad()
+    def likeliest(self, model: nn.Module, image: Image.Image, most: int = 5) -> list[tuple[str, float]]:
+        """Return the `most` likely classes, best first, with their probabilities in 0..1; synsets by what they mean.
+
+        Raises:
+            UsageError: the model cannot take images of --input_size.
+        """
+        pixels = self.transform(train=False)({"image": image})["image"]
+        try:
+            logits = model(normalize(pixels[None].to(self.device), self.pixels))
+        except (AssertionError, RuntimeError, ValueError) as error:
+            reason = str(error).partition("\n")[0]
+            raise UsageError(f"--input_size {self.opts.input_size}: {reason}") from error
+        top = logits[0].float().softmax(-1).topk(min(most, logits.shape[-1]))
+        names = in_words(self.classes[index] for index in top.indices.tolist())
+        return list(zip(names, top.values.tolist(), strict=True))
+
+    def predict(self, model: nn.Module, image: Image.Image, least: float = 0.3) -> Prediction:
+        """Say the five likeliest classes."""
+        return Prediction([f"{probability:6.1%}  {name}" for name, probability in self.likeliest(model, image)])
 
 
 def without_classifier(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -98,3 +98,8 @@ def suppress(
     """Keep the best `most` boxes (N, 4) after suppression at overlap `threshold` within each label."""
     keep = batched_nms(boxes, scores, labels, threshold)[:most]
     return boxes[keep], scores[keep], labels[keep]
+
+
+def rescaled(boxes: Tensor, resized: tuple[int, int], size: tuple[int, int]) -> Tensor:
+    """Bring boxes (N, 4) on an image resized to (height, width) `resized` back to its own `size`."""
+    return boxes * boxes.new_tensor([size[1] / resized[1], size[0] / resized[0]] * 2)

@@ -11,6 +11,7 @@ from runtime.agreement import gather
 from runtime.distributed import DistInfo
 from tasks.base import Batch, Evaluator
 
+from .boxes import rescaled
 from .data import mask_tools
 from .mask_rcnn import paste_masks
 
@@ -47,8 +48,7 @@ class CocoEvaluator(Evaluator):
     def _entries(
         self, result: dict[str, Tensor], image_id: int, size: tuple[int, int], resized: tuple[int, int]
     ) -> list[dict[str, Any]]:
-        scale = result["boxes"].new_tensor([size[1] / resized[1], size[0] / resized[0]] * 2)
-        boxes = result["boxes"] * scale
+        boxes = rescaled(result["boxes"], resized, size)
         corners = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1).tolist()
         entries = [
             {"image_id": image_id, "category_id": self.category_of[label], "bbox": box, "score": score}

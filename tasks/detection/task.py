@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -11,11 +13,14 @@ from runtime.agreement import decide
 from runtime.distributed import DistInfo
 from runtime.errors import UsageError, note
 from runtime.options import option
-from tasks.base import Batch, Evaluator, Sample
+from tasks.base import Batch, Evaluator, Prediction, Sample
 from tasks.dense import DenseOptions, DenseTask
+from tasks.drawing import draw_objects
 
+from .boxes import rescaled
 from .data import CocoImages, find_split, mask_tools
 from .evaluator import CocoEvaluator
+from .mask_rcnn import paste_masks
 from .model import mask_rcnn, retinanet
 from .rtdetrv2 import library, rtdetrv2
 from .transforms import Transform
@@ -40,7 +45,7 @@ class Detection(DenseTask):
     the images' (height, width) as loaded, "original_sizes", and as resized, "sizes".
     """
 
-    options = (DenseOptions, DetectionOptions)
+    options = lasting = (DenseOptions, DetectionOptions)
     metric = "AP_box"
     title = "AP_box"
 
@@ -120,3 +125,21 @@ class Detection(DenseTask):
             f"on {metrics['images']} images"
             for kind in kinds
         ]
+
+    @torch.no_grad()
+    def predict(self, model: nn.Module, image: Image.Image, least: float = 0.3) -> Prediction:
+        """Say each object's score, class and box (x1, y1, x2, y2), best first, and draw them over the image."""
+        size = (image.height, image.width)
+        nothing = {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0).long(), "image_id": 0, "original_size": size}
+        batch = self.batch_of(image, **nothing, masks=torch.zeros(0, *size).byte())
+        (found,) = self.forward(model, batch)
+        found = {name: value[found["scores"] >= least] for name, value in found.items()}
+        boxes = rescaled(found["boxes"], batch["sizes"][0], size).cpu()
+        masks = paste_masks(found["masks"].cpu(), boxes, size) if self.masks else None
+        numbers, scores = (found["labels"] - self.first_label).tolist(), found["scores"].tolist()
+        lines = [
+            f"{score:6.1%}  {self.classes[number]}  {' '.join(f'{edge:.0f}' for edge in box)}"
+            for number, score, box in zip(numbers, scores, boxes.tolist(), strict=True)
+        ]
+        words = [f"{self.classes[number]} {score:.0%}" for number, score in zip(numbers, scores, strict=True)]
+        return Prediction(lines or ["no objects"], draw_objects(image, boxes, numbers, words, masks))

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -13,8 +14,9 @@ from runtime.agreement import decide
 from runtime.distributed import DistInfo, all_reduce_sum
 from runtime.errors import UsageError
 from runtime.options import option
-from tasks.base import Batch, Evaluator, Sample
+from tasks.base import Batch, Evaluator, Prediction, Sample
 from tasks.dense import DenseOptions, DenseTask
+from tasks.drawing import draw_classes
 
 from .data import IndexImages, class_names
 from .heads import resize
@@ -73,7 +75,7 @@ class Segmentation(DenseTask):
     Images to evaluate come one by one, resized, with labels at the original size.
     """
 
-    options = (DenseOptions, SegmentationOptions)
+    options = lasting = (DenseOptions, SegmentationOptions)
     metric = "mIoU"
     title = "mIoU"
     figures: ClassVar[dict[str, str]] = {"mIoU": "mIoU", "mAcc": "mAcc", "aAcc": "aAcc"}
@@ -134,3 +136,13 @@ class Segmentation(DenseTask):
     def report(self, metrics: dict[str, float]) -> list[str]:
         figures = " ".join(f"{name} {metrics[name]:.2f}" for name in self.figures)
         return [f"* {figures} on {metrics['images']} images"]
+
+    @torch.no_grad()
+    def predict(self, model: nn.Module, image: Image.Image, least: float = 0.3) -> Prediction:
+        """Say each class's share of the pixels, largest first, and paint the classes over the image."""
+        batch = self.batch_of(image, labels=Image.new("L", image.size))
+        numbers = self.forward(model, batch)[0].argmax(0).cpu()
+        counts = numbers.flatten().bincount(minlength=self.num_classes)
+        ranked = [number for number in counts.argsort(descending=True, stable=True).tolist() if counts[number]]
+        lines = [f"{counts[number] / numbers.numel():6.1%}  {self.classes[number]}" for number in ranked]
+        return Prediction(lines, draw_classes(image, numbers, {number: self.classes[number] for number in ranked}))

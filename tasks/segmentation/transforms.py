@@ -19,7 +19,7 @@ TRIES = 10
 def fitted(size: tuple[int, int], longest: int, shortest: int) -> tuple[int, int]:
     """The largest (height, width) in the proportions of `size` within `longest` x `shortest`, either way round."""
     scale = min(longest / max(size), shortest / min(size))
-    return tuple(int(side * scale + 0.5) for side in size)
+    return tuple(max(int(side * scale + 0.5), 1) for side in size)
 
 
 class EvalTransform:

@@ -1,0 +1,141 @@
+"""Parameters and multiply-accumulates (MACs) of segmenters and detectors, beside their published figures; their speed.
+
+    python -m benchmarks.dense                                                  all recipes, counted
+    python -m benchmarks.dense --write benchmarks/results/dense.md
+    python -m benchmarks.dense --measure --recipes debiformer_small_mask_rcnn_coco
+
+Segmenters see 512 x 2048 pixels and 150 classes, detectors 800 x 1280 and 80. MACs are those of one image in inference,
+counted as in benchmarks.model_table; Mask R-CNN's heads see 1000 proposals and 100 objects. Parameters are all that
+training has, the segmenters' auxiliary heads among them. --measure times whole inferences of one image, with random
+weights in fp32, on this machine's GPU or CPU, and takes the peak memory above the weights.
+"""
+
+import argparse
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import utils
+from runtime import distributed
+from runtime.errors import OneLineParser, exit_on_error
+from runtime.options import RECIPES
+from tasks import Task, find_task
+from tasks.options import load_recipe
+
+from .markdown import replace_between, table
+from .measure import describe_machine, interleaved_seconds, machine_line
+from .memory import peak_memory
+
+BEGIN = "<!-- dense table: python -m benchmarks.dense -->"
+END = "<!-- end of dense table -->"
+SIZES = {"segmentation": (512, 2048), "detection": (800, 1280)}
+CLASSES = {"segmentation": 150, "detection": 80}
+NAMES = sorted((path.stem for path in RECIPES.glob("*.yaml") if re.search("_(ade20k|coco)$", path.stem)), reverse=True)
+
+
+def build(recipe: str) -> tuple[Task, nn.Module, tuple[int, int]]:
+    """The task and model of a recipe, with random weights in evaluation mode, and its images' (height, width)."""
+    options = load_recipe(recipe)
+    task = find_task(options.task)(options)
+    task.num_classes = CLASSES[options.task]
+    return task, task.build_model().eval(), SIZES[options.task]
+
+
+@torch.no_grad()
+def count_macs(model: nn.Module, size: tuple[int, int]) -> int:
+    """Multiply-accumulates of one image of (height, width). On the meta device this takes no memory."""
+    device = next(model.parameters()).device
+    # Fused attention is one operation that torch counts on some devices only; unfused, it is two matrix products.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        _run_layers(model, torch.empty(1, 3, *size, device=device))
+    return counter.get_total_flops() // 2
+
+
+def _run_layers(model: nn.Module, image: Tensor) -> None:
+    """Every layer of an inference, without what lies between them and depends on values: proposals, suppression."""
+    if not hasattr(model, "backbone") or not hasattr(model.backbone, "fpn"):
+        model(image)
+        return
+    levels = list(model.backbone(image).values())
+    if not hasattr(model, "roi_heads"):
+        model.head(levels)
+        return
+    heads, channels = model.roi_heads, model.backbone.out_channels
+    model.rpn.head(levels)
+    heads.box_predictor(heads.box_head(image.new_empty(1000, channels, *heads.box_roi_pool.output_size)))
+    heads.mask_predictor(heads.mask_head(image.new_empty(100, channels, *heads.mask_roi_pool.output_size)))
+
+
+def published(recipe: str) -> str:
+    """The figures that the recipe names, '-' if it names none."""
+    line = (RECIPES / f"{recipe}.yaml").read_text().splitlines()[1]
+    return "-" if "not known" in line else line.rpartition(": ")[2].rstrip(".")
+
+
+def build_step(recipe: str, device: torch.device) -> Callable[[], None]:
+    """A function that runs the whole model on one random image."""
+    torch.manual_seed(0)
+    task, model, size = build(recipe)
+    model.to(device, memory_format=torch.channels_last)
+    image = torch.randn(1, 3, *size, device=device).contiguous(memory_format=torch.channels_last)
+
+    @torch.inference_mode()
+    def step() -> None:
+        task.forward(model, {"images": image, "labels": image[:, 0], "targets": []})
+
+    return step
+
+
+def measured(recipe: str, device: torch.device, repeats: int) -> tuple[str, str]:
+    """Images per second, and peak memory in MB."""
+    (seconds,) = interleaved_seconds({recipe: build_step(recipe, device)}, repeats, device).values()
+    memory = peak_memory(partial(build_step, recipe), device)
+    return f"{1 / statistics.median(seconds):.2f}", "-" if memory is None else f"{memory / 1e6:.0f}"
+
+
+def dense_table(recipes: Sequence[str], measure: Callable[[str], tuple[str, str]] | None = None) -> str:
+    """A Markdown table with one row per recipe. measure: gives images per second and memory."""
+    header = ["recipe", "published", "input", "params (M)", "MACs (G)"]
+    header += ["images/s", "memory (MB)"] if measure else []
+    rows = []
+    for recipe in recipes:
+        with torch.device("meta"):
+            _, model, size = build(recipe)
+        counts = f"{utils.count_parameters(model) / 1e6:.1f}", f"{count_macs(model, size) / 1e9:.1f}"
+        row = [f"`{recipe}`", published(recipe), f"{size[0]} x {size[1]}", *counts]
+        rows.append([*row, *(measure(recipe) if measure else ())])
+    return table(header, rows, text_columns=2)
+
+
+def main() -> None:
+    parser = OneLineParser(
+        "python -m benchmarks.dense", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--recipes", nargs="+", choices=NAMES, default=NAMES, metavar="NAME", help="default: all")
+    parser.add_argument("--measure", action="store_true", help="also images per second and memory, on this machine")
+    parser.add_argument("--repeats", type=int, default=9, help="rounds of timing")
+    parser.add_argument("--device", default="auto", help="auto (a GPU if there is one), cuda, cuda:N or cpu")
+    parser.add_argument("--write", type=Path, metavar="FILE", help=f"write between {BEGIN} and {END}")
+    args = parser.parse_args()
+    measure = None
+    if args.measure:
+        device = utils.choose_device(args.device, distributed.DistInfo())
+        measure = partial(measured, device=device, repeats=args.repeats)
+    text = dense_table(args.recipes, measure)
+    if args.measure:
+        text += f"\n\n{machine_line(describe_machine(device))}"
+    if args.write:
+        replace_between(args.write, BEGIN, END, text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    exit_on_error("benchmarks.dense", main)
