@@ -81,7 +81,7 @@ class RoIPool(nn.Module):
 
 
 class Heads(RoIHeads):
-    """Classes, boxes and masks of proposals; L1 box loss, binary mask targets. sampled: proposals learnt from per image."""
+    """Classes, boxes and masks of proposals; L1 box loss, binary mask targets. sampled: proposals learnt from."""
 
     def __init__(self, num_classes: int, channels: int = 256, sampled: int = 512) -> None:
         outputs = num_classes + 1  # with the background, number 0
