@@ -1,39 +1,16 @@
-"""What `make quickstart-dense` does, shortened, and the options that make it short."""
-
-import json
+"""What `make quickstart-dense` relies on: its recipes, its data, and the options that make it short."""
 
 import pytest
 import torch
 from dense_cases import SMALL
 from PIL import Image
 
-import main
 from tasks.detection.task import Detection
 from tasks.options import load_recipe, parse_args
 from tasks.segmentation.transforms import TrainTransform
 from tools import make_shapes
 
 RECIPES = {"segmentation": "debiformer_nano_semantic_fpn_shapes", "detection": "debiformer_nano_mask_rcnn_shapes"}
-
-
-def train(task, data, output, updates, *argv):
-    """Train in two parts of so many updates each and return their log's lines."""
-    where = ["--data_path", str(data), "--output_dir", str(output), "--device", "cpu", "--num_workers", "0"]
-    count = ["--iterations", str(2 * updates), "--eval_every", str(updates), "--warmup_updates", "20"]
-    main.run(parse_args(["--recipe", RECIPES[task], *where, *count, *argv]))
-    return [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
-
-
-@pytest.mark.slow
-def test_the_quickstarts_recipes_learn_from_a_segmenter_to_a_detector(tmp_path):
-    make_shapes.write(tmp_path / "shapes", train=60, val=8, size=96)
-    first, second = train("segmentation", tmp_path / "shapes", tmp_path / "segmentation", 60)
-    assert second["train_loss"] < 0.8 * first["train_loss"]
-    assert second["test_mIoU"] > 25  # about 20 where all is background
-    start = ["--finetune", str(tmp_path / "segmentation" / "best.pth")]
-    first, second = train("detection", tmp_path / "shapes", tmp_path / "detection", 40, *start)
-    assert second["train_loss"] < 0.95 * first["train_loss"]
-    assert {"test_AP_box", "test_AP_mask"} <= second.keys()
 
 
 def test_the_shapes_are_the_same_each_time(tmp_path):
