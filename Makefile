@@ -1,4 +1,5 @@
-# make quickstart: install, then train a small DeBiFormer on real images. make test: install, then the tests.
+# make quickstart: install, then train a small DeBiFormer on real images. make quickstart-dense: a segmenter and a detector
+# on drawn shapes. make test: install, then the tests.
 # make test MARKS= runs those marked slow, too; ARGS="-k routed" chooses. PYTHON=python3.12 chooses .venv's Python.
 
 PYTHON ?= python3
@@ -7,10 +8,23 @@ CLIENTS := .venv-clients
 MARKS ?= not slow
 RUN := $(VENV)/bin/python
 
-.PHONY: quickstart test test-clients demo lint docs clean
+DENSE := outputs/quickstart-dense
+SHAPES := data/shapes
+
+.PHONY: quickstart quickstart-dense test test-clients demo lint docs clean
 
 quickstart: $(VENV)/installed
 	$(RUN) main.py
+
+quickstart-dense: $(VENV)/installed-dense $(SHAPES)/classes.txt
+	$(RUN) main.py --recipe debiformer_nano_semantic_fpn_shapes --output_dir $(DENSE)/segmentation
+	$(RUN) main.py --recipe debiformer_nano_mask_rcnn_shapes --finetune $(DENSE)/segmentation/best.pth --output_dir $(DENSE)/detection
+	for task in segmentation detection; do \
+	    $(RUN) -m tools.predict --checkpoint $(DENSE)/$$task/best.pth $(SHAPES)/val/000*.png --output $(DENSE)/$$task/drawn || exit 1; \
+	done
+
+$(SHAPES)/classes.txt: | $(VENV)/installed  # written last
+	$(RUN) -m tools.make_shapes --output $(SHAPES) --size 96
 
 test: $(VENV)/installed-dev lint
 	$(RUN) -m pytest -n auto --dist loadgroup -m '$(MARKS)' $(ARGS)
@@ -46,6 +60,10 @@ $(VENV)/installed: requirements.txt
 
 $(VENV)/installed-demo: requirements-demo.txt $(VENV)/installed
 	$(RUN) -m pip install --quiet -r requirements-demo.txt
+	touch $@
+
+$(VENV)/installed-dense: requirements-dense.txt $(VENV)/installed
+	$(RUN) -m pip install --quiet -r requirements-dense.txt
 	touch $@
 
 $(VENV)/installed-dev: requirements-dev.txt requirements-clients.txt $(VENV)/installed-demo

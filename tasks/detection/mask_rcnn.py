@@ -81,14 +81,14 @@ class RoIPool(nn.Module):
 
 
 class Heads(RoIHeads):
-    """Classes, boxes and masks of proposals: 512 sampled per image, L1 box loss, binary mask targets."""
+    """Classes, boxes and masks of proposals; L1 box loss, binary mask targets. sampled: proposals learnt from."""
 
     def __init__(self, num_classes: int, channels: int = 256, sampled: int = 512) -> None:
         outputs = num_classes + 1  # with the background, number 0
         super().__init__(
             RoIPool(7),
-            TwoMLPHead(channels * 7**2, 1024),
-            FastRCNNPredictor(1024, outputs),
+            TwoMLPHead(channels * 7**2, 4 * channels),
+            FastRCNNPredictor(4 * channels, outputs),
             fg_iou_thresh=0.5,
             bg_iou_thresh=0.5,
             batch_size_per_image=sampled,
@@ -98,8 +98,8 @@ class Heads(RoIHeads):
             nms_thresh=0.5,
             detections_per_img=100,
             mask_roi_pool=RoIPool(14),
-            mask_head=MaskRCNNHeads(channels, (256,) * 4, 1),
-            mask_predictor=MaskRCNNPredictor(256, 256, outputs),
+            mask_head=MaskRCNNHeads(channels, (channels,) * 4, 1),
+            mask_predictor=MaskRCNNPredictor(channels, channels, outputs),
         )
         self.box_coder = BoxCoder((10.0, 10.0, 5.0, 5.0))
         self.proposal_matcher = Matcher(0.5, 0.5, floor=0.5)

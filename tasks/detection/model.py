@@ -15,13 +15,11 @@ from .retinanet import P6P7, OneStage
 
 
 class PyramidBackbone(nn.Module):
-    """A backbone of maps, then a feature pyramid of 256 channels. body: images -> maps; the last of them are used."""
+    """A backbone of maps, then a feature pyramid of `channels`. body: images -> maps; the last of them are used."""
 
-    out_channels = 256
-
-    def __init__(self, body: nn.Module, widths: list[int], extra: nn.Module) -> None:
+    def __init__(self, body: nn.Module, widths: list[int], extra: nn.Module, channels: int) -> None:
         super().__init__()
-        self.body, self.used = body, len(widths)
+        self.body, self.used, self.out_channels = body, len(widths), channels
         self.fpn = FeaturePyramidNetwork(widths, self.out_channels, extra)
 
     def forward(self, images: Tensor) -> OrderedDict[str, Tensor]:
@@ -54,15 +52,17 @@ class Batching(nn.Module):
         return result
 
 
-def mask_rcnn(body: nn.Module, widths: list[int], num_classes: int) -> GeneralizedRCNN:
-    """Mask R-CNN on four maps of these widths; class numbers from 1."""
-    backbone = PyramidBackbone(body, widths, LastLevelMaxPool())
-    return GeneralizedRCNN(backbone, RPN(), Heads(num_classes), Batching())
+def mask_rcnn(
+    body: nn.Module, widths: list[int], num_classes: int, channels: int = 256, sampled: int = 512
+) -> GeneralizedRCNN:
+    """Mask R-CNN on four maps of these widths; class numbers from 1. sampled: proposals to learn from, per image."""
+    backbone = PyramidBackbone(body, widths, LastLevelMaxPool(), channels)
+    return GeneralizedRCNN(backbone, RPN(channels), Heads(num_classes, channels, sampled), Batching())
 
 
-def retinanet(body: nn.Module, widths: list[int], num_classes: int) -> OneStage:
+def retinanet(body: nn.Module, widths: list[int], num_classes: int, channels: int = 256) -> OneStage:
     """RetinaNet on the last three of four maps of these widths; class numbers from 0."""
     if hasattr(body, "extra_norms"):
         body.extra_norms[0].requires_grad_(False)  # of the map that is not used: no gradient would ever come
-    backbone = PyramidBackbone(body, widths[1:], P6P7(widths[-1]))
-    return OneStage(backbone, num_classes, Batching())
+    backbone = PyramidBackbone(body, widths[1:], P6P7(widths[-1], channels), channels)
+    return OneStage(backbone, num_classes, Batching(), channels)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,6 +35,8 @@ class DetectionOptions:
 
     data_path: str = option("", "folder with train2017/, val2017/ and annotations/instances_*.json, as COCO's")
     head: str = option("mask_rcnn", "the detector around the backbone", choices=tuple(HEADS))
+    head_channels: int = option(256, "channels of the pyramid and of the heads", at_least=1)
+    roi_samples: int = option(512, "proposals per image that Mask R-CNN's heads learn from", at_least=4)
     longest: int = option(1333, "images are resized to fit `longest` x `shortest`, either way round", at_least=1)
     shortest: int = option(800, "see `longest`", at_least=1)
 
@@ -100,7 +103,9 @@ class Detection(DenseTask):
         }
 
     def build_model(self) -> nn.Module:
-        return self.finished(HEADS[self.opts.head](*self.build_body(), self.num_classes))
+        sampled = {"sampled": self.opts.roi_samples} if self.masks else {}
+        head = partial(HEADS[self.opts.head], channels=self.opts.head_channels, **sampled)
+        return self.finished(head(*self.build_body(), self.num_classes))
 
     def preprocess(self, batch: Batch, train: bool) -> Batch:
         targets = [{**target, "labels": target["labels"] - 1 + self.first_label} for target in batch["targets"]]

@@ -41,6 +41,13 @@ class SegmentationOptions:
         None, "channels of the head; null: 256 (semantic_fpn) or 512 (upernet)", at_least=2
     )
     crop: int = option(512, "side of training crops, and of windows in evaluation, in pixels", at_least=1)
+    resize_ratio: list[float] = option(
+        [0.5, 2.0],
+        "in training, images are resized by a random factor besides: smallest, largest",
+        above=0,
+        counts=(2,),
+        ascending=True,
+    )
     longest: int = option(2048, "images are resized to fit `longest` x `shortest`, either way round", at_least=1)
     shortest: int = option(512, "see `longest`", at_least=1)
     test_mode: str = option("whole", "evaluate images whole, or by windows of --crop", choices=("whole", "slide"))
@@ -99,8 +106,8 @@ class Segmentation(DenseTask):
         return train, val
 
     def transform(self, train: bool) -> Callable[[Sample], Sample]:
-        bounds = self.opts.longest, self.opts.shortest
-        return TrainTransform(self.opts.crop, bounds) if train else EvalTransform(*bounds)
+        bounds, ratio = (self.opts.longest, self.opts.shortest), tuple(self.opts.resize_ratio)
+        return TrainTransform(self.opts.crop, bounds, ratio) if train else EvalTransform(*bounds)
 
     def build_model(self) -> nn.Module:
         channels = {"channels": self.opts.head_channels} if self.opts.head_channels else {}
