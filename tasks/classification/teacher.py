@@ -48,12 +48,14 @@ def build_teacher(
     return Teacher(teacher.to(device, memory_format=torch.channels_last), student, device)
 
 
-def load_teacher(name: str, path: str, num_classes: int, **arguments: Any) -> nn.Module:
+def load_teacher(
+    name: str, path: str, num_classes: int, option: str = "--teacher_model", **arguments: Any
+) -> nn.Module:
     """Load a trained model, from a checkpoint or with timm's weights. UsageError if it is not of that many classes.
 
-    path: of the checkpoint; empty: timm's weights. arguments: of the model.
+    path: of the checkpoint; empty: timm's weights. option: by which it was named. arguments: of the model.
     """
-    check_model_name(name, "--teacher_model")
+    check_model_name(name, option)
     if path:
         teacher = timm.create_model(name, num_classes=num_classes, **arguments)
         load_weights(teacher, checkpoint_filter_fn(weights_of(load_checkpoint(path), path), teacher), path)
@@ -65,10 +67,10 @@ def load_teacher(name: str, path: str, num_classes: int, **arguments: Any) -> nn
         raise
     except Exception as error:  # whatever the library that downloads makes of a lost connection
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UsageError(f"--teacher_model {name} cannot be had ({reason}); pass --teacher_path") from error
+        raise UsageError(f"{option} {name} cannot be had ({reason}); pass --teacher_path") from error
     if teacher.num_classes != num_classes:
         raise UsageError(
-            f"--teacher_model {name} knows {teacher.num_classes} classes, the data has {num_classes}; "
+            f"{option} {name} knows {teacher.num_classes} classes, the data has {num_classes}; "
             "pass the --teacher_path of one that was trained on them"
         )
     return teacher

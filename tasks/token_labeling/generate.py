@@ -14,6 +14,7 @@ from typing import Any
 
 import timm
 import torch
+from timm.data import ImageNetInfo
 from timm.data.transforms import str_to_pil_interp
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -23,7 +24,7 @@ from tqdm import tqdm
 import utils
 from models.labels import class_names
 from models.pixels import Pixels, normalize, pixels_of
-from models.weights import load_checkpoint, options_of
+from models.weights import WeightsError, load_checkpoint, options_of
 from runtime.command_line import build_parser, with_underscores
 from runtime.distributed import DistInfo, find_processes
 from runtime.errors import UsageError, exit_on_error, explain_dead_workers
@@ -141,17 +142,20 @@ def build_teacher(options: GenerateOptions, classes: Sequence[str], device: torc
     name, path = options.teacher, options.teacher_path
     check_model_name(name, "--teacher")
     content = load_checkpoint(path) if path else {}
-    trained, known = options_of(content), class_names(content)
+    trained, imagenet = options_of(content), ImageNetInfo().label_names()
+    known = class_names(content) or (imagenet if len(classes) == len(imagenet) else [])
     if known and list(classes) and known != list(classes):
-        raise UsageError(f"--teacher_path {path} was trained on other classes than the data's, or in another order")
+        raise UsageError(f"--teacher {name} was trained on other classes than the data's, or in another order")
     cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
     arguments = trained.get("model_kwargs", {})
     own = trained.get("input_size") or (cfg.input_size[-1] if cfg else 224)
     reduction = timm.create_model(name, **arguments).feature_info[-1]["reduction"]
-    side = options.input_size or own * max(reduction // STRIDE, 1)
+    side = options.input_size or -(-own * max(reduction // STRIDE, 1) // reduction) * reduction
+    if side % reduction:
+        raise UsageError(f"--input_size {side} is no multiple of {reduction}: {name} would see places beyond the image")
     if timm.models.is_model_in_modules(name, ("debiformer", "biformer", "stl")) or (cfg and cfg.fixed_input_size):
         arguments = {**arguments, "img_size": side}
-    model = load_teacher(name, path, options.num_classes or len(classes), **arguments)
+    model = load_teacher(name, path, options.num_classes or len(classes), "--teacher", **arguments)
     model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     return Teacher(model, pixels_of(name), side, device, AMP[options.amp])
 
@@ -194,8 +198,14 @@ def generate(options: GenerateOptions, info: DistInfo) -> None:
     source, _ = open_sources(options)
     if isinstance(source, IterableDataset):
         raise UsageError(f"--data_set {options.data_set} is a stream, whose images have no numbers; use files or TAR")
-    teacher = build_teacher(options, getattr(source, "classes", []), utils.choose_device(options.device, info))
-    folder, index = Path(options.output), plan(options, source, teacher)
+    device, folder = utils.choose_device(options.device, info), Path(options.output)
+    try:
+        teacher = build_teacher(options, getattr(source, "classes", []), device)
+        index = plan(options, source, teacher)
+    except (UsageError, WeightsError):
+        raise
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:  # of a size that it cannot take
+        raise UsageError(f"--teacher {options.teacher}: {str(error).partition(chr(10))[0]}") from error
     prepare(folder, index)
     mine = range(info.rank, len(index.files), info.world_size)
     missing = [number for number in mine if not is_complete(folder / index.files[number], index)]

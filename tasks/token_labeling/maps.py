@@ -113,13 +113,13 @@ def is_complete(path: Path, index: Index) -> bool:
 
 
 def checksum(path: Path) -> str | None:
-    """A file's SHA-256; None if it is missing."""
+    """A file's SHA-256; None if it is missing, or may not be read."""
     try:
         digest = hashlib.sha256()
         with open(path, "rb") as file:
             while block := file.read(1 << 20):
                 digest.update(block)
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
         return None
     return digest.hexdigest()
 
@@ -233,8 +233,11 @@ def _too_few(folder: Path, missing: Sequence[str], images: int) -> UsageError:
 def read_index(folder: Path) -> Index | None:
     """What a folder of maps is of; None if it holds no index. UsageError if that cannot be read."""
     try:
-        return Index(**json.loads((folder / INDEX).read_text()))
-    except FileNotFoundError:
+        index = Index(**json.loads((folder / INDEX).read_text()))
+        if not (index.images > 0 and index.shard_size > 0 and isinstance(index.shards, dict)):
+            raise ValueError("no images")
+        return index
+    except (FileNotFoundError, NotADirectoryError):
         return None
     except (TypeError, ValueError) as error:
         raise UsageError(f"{folder / INDEX} is damaged ({error}); remove it and run {COMMAND} again") from error

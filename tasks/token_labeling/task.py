@@ -62,6 +62,8 @@ def check_token_labeling(options: Any) -> None:
         raise UsageError("--task token_labeling needs --tl_maps; python -m tasks.token_labeling.generate makes them")
     if not options.tl_cls_weight + options.tl_dense_weight:
         raise UsageError("--tl_cls_weight 0 and --tl_dense_weight 0 leave nothing to learn")
+    if options.input_size % STRIDE:
+        raise UsageError(f"--input_size {options.input_size}: tokens fill an image of a multiple of {STRIDE} pixels")
     if options.finetune_eval_mode:
         raise UsageError("--finetune_eval_mode goes with --task classification alone; leave it out")
 

@@ -190,7 +190,8 @@ def test_other_classes_are_refused(make, image_folder):
 def test_no_maps_and_a_damaged_index_are_told(make, image_folder, tmp_path):
     assert "holds no complete maps" in refused(tmp_path / "none", image_folder)
     (tmp_path / "maps").mkdir()
-    for text in ("{", "[1]", '{"images": 3}'):
+    fields = {"teacher": "", "names": "", "classes": [], "num_classes": 4, "grid": [1, 1], "side": 32, "shards": []}
+    for text in ("{", "[1]", '{"images": 3}', json.dumps({**fields, "images": 1, "shard_size": 1})):
         (tmp_path / "maps" / INDEX).write_text(text)
         assert "is damaged" in refused(tmp_path / "maps", image_folder)
 
@@ -199,6 +200,17 @@ def test_a_teacher_of_other_classes_is_refused(make, image_folder, teacher, tmp_
     content = torch.load(teacher)
     torch.save({**content, "classes": ["cat", "dog", "pig", "owl"]}, tmp_path / "other.pth")
     assert "was trained on other classes" in complaint(make, "--teacher_path", str(tmp_path / "other.pth"))
+    options = generate.parse(["--teacher", "resnet10t", "--output", "unused"])
+    names = [f"class {number}" for number in range(1000)]  # as many as ImageNet's
+    assert "was trained on other classes" in complaint(generate.build_teacher, options, names, torch.device("cpu"))
+    assert "unknown --teacher 'resnet10x'; did you mean" in complaint(make, "--teacher", "resnet10x")
+    assert "--input_size 60 is no multiple of 32" in complaint(make, "--input_size", "60")
+
+
+def test_a_command_line_without_a_teacher_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        generate.parse(["--output", "maps"])
+    assert "--teacher is missing" in capsys.readouterr().err
 
 
 # -- as the authors published them

@@ -246,7 +246,8 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(token_options):
     [
         (("--tl_maps", ""), "needs --tl_maps"),
         (("--tl_cls_weight", "0", "--tl_dense_weight", "0"), "leave nothing to learn"),
-        (("--finetune_eval_mode",), "--finetune_eval_mode"),
+        (("--finetune_eval_mode", "--finetune", "a.pth"), "--finetune_eval_mode goes with"),
+        (("--input_size", "72"), "--input_size 72: tokens fill"),
     ],
 )
 def test_options_that_contradict_each_other(token_options, capsys, argv, words):
