@@ -21,6 +21,7 @@ from runtime.errors import Stopped
 from tasks.token_labeling import generate
 from tasks.token_labeling.model import add_auxiliary, token_grids
 from tasks.token_labeling.task import TokenLabeling, class_targets, mix_tokens, token_box
+from tools.loading import load_model
 from utils import seeded
 
 KWARGS = {"embed_dims": (16, 32, 48, 64), "depths": (1, 1, 1, 1)}
@@ -99,6 +100,7 @@ def test_a_run_resumes_midway_to_the_same_bits_and_saves_a_plain_model(token_opt
     plain().load_state_dict(saved["model"], strict=True)
     for path in (best, best.with_name(LAST)):
         load_weights(plain(), weights_of(load_checkpoint(path), path), path)
+        assert not hasattr(load_model("debiformer_nano", str(path)).model, "auxiliary")
         here = main.run(token_options("--eval", "--resume", str(path)))
         there = main.run(small_options(*SIDE, "--eval", "--resume", str(path)))
         assert here == there
