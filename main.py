@@ -70,7 +70,8 @@ def evaluate_only(options: Options, task: Task) -> dict[str, Any]:
         weights = weights_of(load_checkpoint(path), path, options.use_ema)
         load_weights(model, checkpoint_filter_fn(weights, model), path)
     elif options.resume:
-        weights = checkpoint_filter_fn(weights_of(content, options.resume, options.use_ema), model)
+        weights = weights_of(content, options.resume, options.use_ema, auxiliary=hasattr(model, "auxiliary"))
+        weights = checkpoint_filter_fn(weights, model)
         load_weights(model, weights, options.resume)
     if task.info.is_main:
         lines = task.notes(options_of(content), trained) if options.resume else []

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.weights import WeightsError, check_fit, load_checkpoint, load_weights, weights_of
+from models.weights import AUXILIARY, WeightsError, check_fit, load_checkpoint, load_weights, weights_of
 from runtime.errors import UsageError, listed
 from runtime.optimizer_state import load_optimizer
 
@@ -65,12 +65,13 @@ class TrainingState:
             raise UsageError(f"{path} was trained with --opt {checkpoint['args'].get('opt')}; go on with that")
         epoch, position, evaluated = place_of(checkpoint)
         self._check_data(checkpoint["data"], epoch, position, path)
-        weights = weights_of(checkpoint, path)
+        weights = weights_of(checkpoint, path, auxiliary=True)
         check_fit(self.model, weights, path)
         load_optimizer(self.optimizer, checkpoint["optimizer"], path)
         self.model.load_state_dict(weights)
         if self.model_ema is not None:
-            load_weights(self.model_ema, weights_of(checkpoint, path, ema="model_ema" in checkpoint), path)
+            average = weights_of(checkpoint, path, ema="model_ema" in checkpoint, auxiliary=True)
+            load_weights(self.model_ema, average, path)
         if checkpoint["scaler"]:  # empty where the run had no need of one
             self.scaler.load_state_dict(checkpoint["scaler"])
         self.meter.load_state_dict(checkpoint["meter"])
@@ -108,10 +109,14 @@ def place_of(checkpoint: dict[str, Any]) -> tuple[int, int, bool]:
 def build_checkpoint(state: TrainingState, weights_only: nn.Module | None = None) -> dict[str, Any]:
     """The one place that says what a checkpoint holds.
 
-    weights_only: leave out what only going on with the training needs, and take the weights from this module.
+    weights_only: leave out what only going on with the training needs, auxiliary weights among it, and take the weights
+        from this module.
     """
     names = ("args", "classes", "best") if weights_only is not None else [f.name for f in fields(state)]
-    content = {} if weights_only is None else {"model": weights_only.state_dict()}
+    content = {}
+    if weights_only is not None:
+        weights = weights_only.state_dict()
+        content["model"] = {name: value for name, value in weights.items() if not name.startswith(AUXILIARY)}
     for name in names:
         value = getattr(state, name)
         if value is not None:

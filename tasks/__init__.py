@@ -10,6 +10,7 @@ __all__ = ["DEFAULT_TASK", "TASKS", "Batch", "Evaluator", "Prediction", "Sample"
 
 TASKS = {
     "classification": "tasks.classification.task:Classification",
+    "token_labeling": "tasks.token_labeling.task:TokenLabeling",
     "segmentation": "tasks.segmentation.task:Segmentation",
     "detection": "tasks.detection.task:Detection",
 }

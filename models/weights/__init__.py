@@ -2,9 +2,10 @@
 
 from .errors import WeightsError, WeightsMismatch
 from .fitting import check_fit, check_outline, checkpoint_filter_fn, load_to_finetune, load_weights
-from .reading import count_classes, load_checkpoint, options_of, weights_of
+from .reading import AUXILIARY, count_classes, load_checkpoint, options_of, weights_of
 
 __all__ = [
+    "AUXILIARY",
     "WeightsError",
     "WeightsMismatch",
     "check_fit",

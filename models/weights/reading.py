@@ -160,10 +160,17 @@ def _check_legacy(start: io.BytesIO, size: int) -> None:
             raise WeightsError("is a pickle that torch.save did not write; it is not a checkpoint")
 
 
-def weights_of(checkpoint: Mapping[str, Any], path: str | Path, ema: bool = False) -> dict[str, Tensor]:
+AUXILIARY = "auxiliary."
+"""What the names of weights begin with that only training needs: the published model has none of them."""
+
+
+def weights_of(
+    checkpoint: Mapping[str, Any], path: str | Path, ema: bool = False, auxiliary: bool = False
+) -> dict[str, Tensor]:
     """The model's (or the averaged) state dict in a checkpoint of ours, of DeiT's kind, or a bare state dict.
 
     The prefixes that DistributedDataParallel and torch.compile put in front of names are removed.
+    auxiliary: keep what only training needs.
     """
     if ema:
         weights = checkpoint.get("model_ema")
@@ -174,7 +181,8 @@ def weights_of(checkpoint: Mapping[str, Any], path: str | Path, ema: bool = Fals
     if not weights or not all(isinstance(name, str) and is_plain(value) for name, value in weights.items()):
         expected = f"expected tensors by name, in {' or '.join(map(repr, NESTS))} or by themselves"
         raise WeightsError(f"{path} holds no weights: {expected}; its keys: {listed(checkpoint) or 'none'}")
-    return clean_state_dict(weights)
+    weights = clean_state_dict(weights)
+    return weights if auxiliary else {name: w for name, w in weights.items() if not name.startswith(AUXILIARY)}
 
 
 def is_plain(value: Any) -> bool:

@@ -1,0 +1,263 @@
+"""Ask a teacher about every place of every training image, and store its answers.
+
+python -m tasks.token_labeling.generate --data_path ./data/in1k --teacher nfnet_f6.dm_in1k --output ./maps
+torchrun --nproc_per_node=8 -m tasks.token_labeling.generate ... (or srun) shares the work among processes.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.data import ImageNetInfo
+from timm.data.transforms import str_to_pil_interp
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torchvision.transforms.functional import pil_to_tensor
+from tqdm import tqdm
+
+import utils
+from models.labels import class_names
+from models.pixels import Pixels, normalize, pixels_of
+from models.weights import WeightsError, load_checkpoint, options_of
+from runtime.command_line import build_parser, with_underscores
+from runtime.distributed import DistInfo, find_processes
+from runtime.errors import UsageError, exit_on_error, explain_dead_workers
+from runtime.images import MAX_PIXELS
+from runtime.model import check_model_name
+from runtime.options import check_ranges, option
+from runtime.samplers import Key
+from tasks.classification.options import DataOptions
+from tasks.classification.sources import Samples, open_sources
+from tasks.classification.teacher import load_teacher
+from tasks.loading import Transformed
+
+from .maps import (
+    INDEX,
+    Index,
+    ShardedMaps,
+    checksum,
+    hash_of,
+    is_complete,
+    name_in,
+    names_in,
+    read_index,
+    write_atomically,
+    write_shard,
+)
+from .model import channel_axis
+
+STRIDE = 16
+"""Pixels, of an image of the teacher's own size, from place to place."""
+KEPT = 5
+"""Classes that are stored of each place."""
+AMP = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass
+class Teacher:
+    """A model that says which classes it sees at every place. side: of the images that it is shown, in pixels."""
+
+    model: nn.Module
+    pixels: Pixels
+    side: int
+    device: torch.device
+    dtype: torch.dtype | None = None
+
+    @torch.no_grad()
+    def label(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Images (B, 3, S, S) uint8 -> the likeliest classes' log probabilities and numbers, each (B, k, H, W).
+
+        What the classifier makes of the whole image's pooled features, it makes of those at each place.
+        """
+        model = self.model
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+            features = model.forward_features(normalize(images.to(self.device), self.pixels))
+            axis = channel_axis(features, model.num_features, "--teacher")
+            features = features.movedim(axis, -1)
+            places = features.flatten(0, 2)[:, None, None]  # each a map of one place
+            logits = model.forward_head(places.movedim(-1, axis)).float()
+        top = logits.log_softmax(-1).topk(min(KEPT, logits.shape[-1]))
+        values, indices = (part.view(*features.shape[:3], -1).permute(0, 3, 1, 2).cpu() for part in top)
+        return values.half(), indices.to(torch.int16 if logits.shape[-1] <= 2**15 else torch.int32)
+
+
+class Squash:
+    """Resizes images whole to a square, so that a place in it is a fraction of the image: -> (3, S, S) uint8."""
+
+    def __init__(self, teacher: Teacher) -> None:
+        self.side, self.interpolation = teacher.side, str_to_pil_interp(teacher.pixels.interpolation)
+
+    def __call__(self, sample: dict[str, Any]) -> Tensor:
+        return pil_to_tensor(sample["image"].resize((self.side, self.side), self.interpolation))
+
+
+@dataclass
+class GenerateOptions(DataOptions):
+    """Making label maps"""
+
+    eval = False  # training images are opened
+    seed = 0
+
+    teacher: str = option("", "any model of timm whose last features are a map, or one of this project")
+    teacher_path: str = option("", "checkpoint of the teacher; empty: timm's pretrained weights")
+    output: str = option("", "folder of the maps; complete shards that it holds are kept")
+    input_size: int | None = option(
+        None,
+        f"side in pixels that images are squashed to; null: so that places are {STRIDE} pixels apart in an image of "
+        "the teacher's own size",
+        at_least=1,
+    )
+    batch_size: int = option(64, "images per process and step", at_least=1)
+    shard_size: int = option(4096, "images per file", at_least=1)
+    num_workers: int = option(10, "processes that load images, at most one per core", at_least=0)
+    max_image_pixels: int = option(MAX_PIXELS, "larger images are refused", at_least=1)
+    amp: str = option("none", "number format of the teacher", choices=tuple(AMP))
+    device: str = option("auto", "auto (a GPU if there is one), cuda, cuda:N, mps or cpu")
+
+
+def parse(argv: Sequence[str] | None = None) -> GenerateOptions:
+    """The options of a command line. Exits with code 2 on a bad one."""
+    parser = build_parser("tasks.token_labeling.generate", (GenerateOptions,))
+    parser.description, parser.epilog = "Store what a teacher says about every place of every training image.", None
+    argv = [with_underscores(arg) for arg in (sys.argv[1:] if argv is None else argv)]
+    options = GenerateOptions(**vars(parser.parse_args(argv)))
+    try:
+        check_ranges(options, prefix="--")
+        for name in ("teacher", "output"):
+            if not getattr(options, name):
+                raise UsageError(f"--{name} is missing, see --help")
+    except UsageError as error:
+        parser.error(str(error))
+    return options
+
+
+def build_teacher(options: GenerateOptions, classes: Sequence[str], device: torch.device) -> Teacher:
+    """Load the teacher. UsageError if it cannot be had, or knows other classes than the data's."""
+    name, path = options.teacher, options.teacher_path
+    check_model_name(name, "--teacher")
+    content = load_checkpoint(path) if path else {}
+    trained, imagenet = options_of(content), ImageNetInfo().label_names()
+    known = class_names(content) or (imagenet if len(classes) == len(imagenet) else [])
+    if known and list(classes) and known != list(classes):
+        raise UsageError(f"--teacher {name} was trained on other classes than the data's, or in another order")
+    cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    arguments = trained.get("model_kwargs", {})
+    own = trained.get("input_size") or (cfg.input_size[-1] if cfg else 224)
+    reduction = timm.create_model(name, **arguments).feature_info[-1]["reduction"]
+    side = options.input_size or -(-own * max(reduction // STRIDE, 1) // reduction) * reduction
+    if side % reduction:
+        raise UsageError(f"--input_size {side} is no multiple of {reduction}: {name} would see places beyond the image")
+    if timm.models.is_model_in_modules(name, ("debiformer", "biformer", "stl")) or (cfg and cfg.fixed_input_size):
+        arguments = {**arguments, "img_size": side}
+    model = load_teacher(name, path, options.num_classes or len(classes), "--teacher", **arguments)
+    model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+    return Teacher(model, pixels_of(name), side, device, AMP[options.amp])
+
+
+def plan(options: GenerateOptions, source: Dataset, teacher: Teacher) -> Index:
+    """Say what is to be made."""
+    path = options.teacher_path
+    blank = torch.zeros(1, 3, teacher.side, teacher.side, dtype=torch.uint8)
+    return Index(
+        teacher=f"{options.teacher} {path and (checksum(Path(path)) or path)}".strip(),
+        names=hash_of(names_in(source, options.data_path)),
+        images=len(source),
+        classes=list(getattr(source, "classes", [])),
+        num_classes=teacher.model.num_classes,
+        grid=list(teacher.label(blank)[0].shape[2:]),
+        side=teacher.side,
+        shard_size=options.shard_size,
+        shards={},
+    )
+
+
+def prepare(folder: Path, index: Index) -> None:
+    """Make the folder, and remove what is damaged from it. UsageError if it holds maps of something else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    done = read_index(folder)
+    if done is None:
+        return
+    if done.job != index.job:
+        raise UsageError(f"{folder} holds maps of another teacher, size or data set; choose another --output")
+    damaged = ShardedMaps(folder, done).damaged()
+    for name in [INDEX, *damaged] if damaged else []:
+        (folder / name).unlink(missing_ok=True)
+
+
+def generate(options: GenerateOptions, info: DistInfo) -> None:
+    """Make the shards that this process has to and that are not there yet; the last to finish writes the index.
+
+    Processes share nothing but the folder: shard n is made by process n modulo their number.
+    """
+    source, _ = open_sources(options)
+    if isinstance(source, IterableDataset):
+        raise UsageError(f"--data_set {options.data_set} is a stream, whose images have no numbers; use files or TAR")
+    device, folder = utils.choose_device(options.device, info), Path(options.output)
+    try:
+        teacher = build_teacher(options, getattr(source, "classes", []), device)
+        index = plan(options, source, teacher)
+    except (UsageError, WeightsError):
+        raise
+    except (AssertionError, RuntimeError, TypeError, ValueError) as error:  # of a size that it cannot take
+        raise UsageError(f"--teacher {options.teacher}: {str(error).partition(chr(10))[0]}") from error
+    prepare(folder, index)
+    mine = range(info.rank, len(index.files), info.world_size)
+    missing = [number for number in mine if not is_complete(folder / index.files[number], index)]
+    images = Transformed(Samples(source, None), Squash(teacher), 0, options.max_image_pixels)
+    with tqdm(total=sum(map(len, map(index.numbers, missing))), unit="image", disable=not info.is_main) as bar:
+        for number, parts in labelled(options, index, images, teacher, missing, bar):
+            values, indices = map(torch.cat, zip(*parts, strict=True))
+            names = [name_in(source, options.data_path, place) for place in index.numbers(number)]
+            write_shard(folder / index.files[number], values, indices, names, index.job)
+    finish(folder, index)
+
+
+def labelled(
+    options: GenerateOptions, index: Index, images: Dataset, teacher: Teacher, shards: Sequence[int], bar: tqdm
+) -> Iterator[tuple[int, list[tuple[Tensor, Tensor]]]]:
+    """Per shard, its number and its maps in parts."""
+    size = options.batch_size
+    batches = [
+        [Key(place) for place in index.numbers(number)[start : start + size]]
+        for number in shards
+        for start in range(0, len(index.numbers(number)), size)
+    ]
+    workers = min(options.num_workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
+    loader = iter(DataLoader(images, batch_sampler=batches, num_workers=workers))
+    for number in shards:
+        parts, left = [], len(index.numbers(number))
+        while left:
+            batch = next(loader)
+            parts.append(teacher.label(batch))
+            left -= len(batch)
+            bar.update(len(batch))
+        yield number, parts
+
+
+def finish(folder: Path, index: Index) -> None:
+    """Write the index if all shards are there."""
+    waiting = [name for name in index.files if not is_complete(folder / name, index)]
+    if waiting:
+        print(f"{len(waiting)} of {len(index.files)} shards are still to come from other processes", flush=True)
+        return
+    shards = {name: checksum(folder / name) for name in index.files}
+    content = json.dumps({**asdict(index), "shards": shards}, indent=1)
+    write_atomically(folder / INDEX, content.encode())
+    rows, columns = index.grid
+    print(f"Maps of {index.images} images, {rows} x {columns} places each, in {folder}", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line."""
+    with explain_dead_workers():
+        generate(parse(argv), find_processes())
+
+
+if __name__ == "__main__":
+    exit_on_error("tasks.token_labeling.generate", main)
