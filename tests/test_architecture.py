@@ -41,7 +41,7 @@ EXCEPTIONS = {"runtime/submitit_job.py": {"main", "tasks"}}
 
 
 # Kernels cannot be cut where they keep registers; a configuration file is one text.
-LONG_FILES = {"slurm/local_cluster.py": 500, "models/weights/sources.py": 380}
+LONG_FILES = {"slurm/local_cluster.py": 500}
 """Lines of files that may be longer."""
 
 

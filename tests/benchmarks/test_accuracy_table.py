@@ -10,7 +10,7 @@ from support import ROOT, complaint, save_as_authors
 import main
 from benchmarks import accuracy_table, markdown
 from models.weights.releases import RELEASES
-from models.weights.sources import DriveFolder, Release
+from models.weights.sources import Release
 
 pytestmark = pytest.mark.usefixtures("offline")
 RUN = ["--device", "cpu", "--num_workers", "0"]
@@ -26,7 +26,7 @@ def cells(text):
 def releases(tmp_path, published):
     """Three releases: one with weights, one without, one of a model that is not built here."""
     top1 = {NANO: 77.7, "debiformer_tiny": 81.9, "debiformer_femto": None}
-    here = {name: Release(name, DriveFolder("1"), percent) for name, percent in top1.items()}
+    here = {name: Release(name, "https://drive.google.com/drive/folders/1", percent) for name, percent in top1.items()}
     with mock.patch.dict(RELEASES, here, clear=True):
         yield save_as_authors(tmp_path / "weights" / f"{NANO}.pth", published[0])
 

@@ -13,6 +13,7 @@ import torch
 from released import (
     FOLDER,
     NANO,
+    URL,
     assert_same_logits,
     cached,
     file_mirror,
@@ -25,7 +26,7 @@ from support import ROOT, complaint, save_as_authors
 
 from models.weights import load_checkpoint, sources, weights_of
 from models.weights.releases import RELEASES, Places, find_release
-from models.weights.sources import DriveFolder, Release
+from models.weights.sources import Release
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -109,11 +110,11 @@ def test_a_published_checksum_is_held(tmp_path, published, monkeypatch):
     file = save_as_authors(tmp_path / "weights" / f"{NANO}.pth", published[0])
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     folder, mirror = Places(folder=str(file.parent)), Places(mirror=file.parent.as_uri())
-    monkeypatch.setitem(RELEASES, NANO, Release(NANO, DriveFolder(FOLDER), sha256="0" * 64))
+    monkeypatch.setitem(RELEASES, NANO, Release(NANO, URL, sha256="0" * 64))
     for places in (folder, mirror):
         assert "is not the file that was published" in complaint(find_release, NANO, places)
     assert cached(tmp_path) == {}
-    monkeypatch.setitem(RELEASES, NANO, Release(NANO, DriveFolder(FOLDER), sha256=digest))
+    monkeypatch.setitem(RELEASES, NANO, Release(NANO, URL, sha256=digest))
     assert find_release(NANO, folder) == file
     assert digest in find_release(NANO, mirror).name
 

@@ -10,6 +10,7 @@ import torch
 from released import (
     FOLDER,
     NANO,
+    URL,
     assert_same_logits,
     cached,
     file_mirror,
@@ -27,7 +28,6 @@ import models
 from models import releases
 from models.weights import load_checkpoint, load_to_finetune, sources
 from models.weights.releases import RELEASES, Places, find_release
-from models.weights.sources import OneDriveShare
 from runtime.errors import exit_on_error
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -65,8 +65,8 @@ def test_the_table_holds_what_was_published():
         "biformer_stl_nchw",
     ]
     assert [release.top1 for release in RELEASES.values()][:7] == [81.9, 83.9, 84.4, 81.4, 83.8, 84.3, 82.7]
-    assert str(RELEASES["debiformer_tiny"].source) == f"https://drive.google.com/drive/folders/{FOLDER}"
-    assert RELEASES["biformer_stl_nchw"].source == OneDriveShare("s!AkBbczdRlZvChWYrKbWbMgqd2Ai0")
+    assert RELEASES["debiformer_tiny"].url == URL
+    assert RELEASES["biformer_stl_nchw"].url == "https://1drv.ms/u/s!AkBbczdRlZvChWYrKbWbMgqd2Ai0"
 
 
 def test_timm_knows_which_models_have_weights():
