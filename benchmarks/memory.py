@@ -7,7 +7,7 @@ import torch
 
 from runtime.errors import UsageError
 
-from .measure import PeakMemory
+from .measure import peak_bytes
 from .workloads import LARGE_MAPS, Case, build_step
 
 
@@ -37,6 +37,4 @@ def _peak(what: Case | str, device: torch.device, warmup: int) -> int | None:
     step = build_step(what, device) if isinstance(what, Case) else LARGE_MAPS[what](device)
     for _ in range(warmup):
         step()
-    with PeakMemory(device) as peak:
-        step()
-    return peak.bytes
+    return peak_bytes(step, device)

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and how it is written so that one can always be read (which models/weights.py does).
+"""What a checkpoint holds, and how it is written so that one can always be read (which models/weights/ does).
 
 A checkpoint is a dict of tensors and plain containers, readable with `torch.load(weights_only=True)`:
 model, model_ema, optimizer, scaler: state dicts; epoch, position: the place in the data at which
@@ -9,7 +9,7 @@ args: the options; data: what fixes the order of the data; classes: their names.
 
 import contextlib
 import os
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from models.weights import WeightsError, check_fit, load_checkpoint, load_weights, weights_of
-from runtime.errors import UsageError, listed
+from runtime.errors import UsageError, listed, note, warn
 from runtime.optimizer_state import load_optimizer
 
 LAST, PREVIOUS, BEST = "checkpoint.pth", "checkpoint.previous.pth", "best.pth"
@@ -48,7 +48,7 @@ class TrainingState:
     evaluated: bool = True
     best: dict[str, Any] = field(default_factory=dict)
 
-    def restore(self, checkpoint: dict[str, Any], path: Path) -> None:
+    def restore(self, checkpoint: dict[str, Any], path: str | Path) -> None:
         """Go on where a checkpoint stands. UsageError if it is of another model, or of other data midway an epoch."""
         missing = {f.name for f in fields(self)} - {"model_ema", "evaluated"} - checkpoint.keys()
         if missing:
@@ -77,7 +77,7 @@ class TrainingState:
         self.history.load_state_dict(checkpoint["history"])
         self.epoch, self.position, self.evaluated, self.best = epoch, position, evaluated, checkpoint["best"]
 
-    def _check_data(self, theirs: dict[str, Any], epoch: int, position: int, path: Path) -> None:
+    def _check_data(self, theirs: dict[str, Any], epoch: int, position: int, path: str | Path) -> None:
         """UsageError if the rest of an epoch would show other images; a notice if later epochs will."""
         changed = {name: value for name, value in self.data.items() if name in theirs and theirs[name] != value}
         if position and changed:
@@ -89,12 +89,8 @@ class TrainingState:
         if position and (position > self.data["images per epoch"] or position % self.data["total batch"]):
             raise UsageError(f"{path} is damaged: no update of epoch {epoch + 1} ends at image {position}")
         if "images" in changed:
-            print(
-                f"note: the data had {theirs['images']} training images when {path} was written, "
-                f"now {self.data['images']}",
-                file=sys.stderr,
-                flush=True,
-            )
+            then, now = theirs["images"], self.data["images"]
+            note(f"the data had {then} training images when {path} was written, now {now}")
 
 
 def place_of(checkpoint: dict[str, Any]) -> tuple[int, int, bool]:
@@ -177,7 +173,7 @@ def load_latest(folder: Path) -> tuple[dict[str, Any], Path] | None:
         except WeightsError as error:
             if older is None:
                 raise
-            print(f"warning: {error}; falling back to {older.name}", file=sys.stderr, flush=True)
+            warn(f"{error}; falling back to {older.name}")
     return None
 
 
@@ -196,17 +192,18 @@ def _named(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(name, str) for name in value)
 
 
+def _all(is_sound: Callable[[Any], bool], values: Any) -> bool:
+    return isinstance(values, list) and all(map(is_sound, values))
+
+
 def _best(value: Any) -> bool:
-    if not _named(value):
-        return False
-    return "epoch" not in value or (_count(value["epoch"]) and isinstance(value.get("weights"), str))
-
-
-def _meter(value: Any) -> bool:
-    sums = value.get("sums") if isinstance(value, dict) else None
-    return isinstance(sums, list) and all(
-        isinstance(row, list) and len(row) == 2 and all(map(_number, row)) for row in sums
+    return _named(value) and (
+        "epoch" not in value or (_count(value["epoch"]) and isinstance(value.get("weights"), str))
     )
+
+
+def _row(value: Any) -> bool:
+    return _all(_number, value) and len(value) == 2
 
 
 def _record(value: Any) -> bool:
@@ -214,20 +211,13 @@ def _record(value: Any) -> bool:
 
 
 def _point(value: Any) -> bool:
-    return (
-        isinstance(value, list | tuple)
-        and len(value) == 3
-        and isinstance(value[0], str)
-        and _number(value[1])
-        and _count(value[2])
-    )
+    if not isinstance(value, list | tuple) or len(value) != 3:
+        return False
+    return isinstance(value[0], str) and _number(value[1]) and _count(value[2])
 
 
 def _history(value: Any) -> bool:
-    if not isinstance(value, dict):
-        return False
-    parts = (value.get("epochs"), _record), (value.get("points"), _point)
-    return all(isinstance(part, list) and all(map(is_sound, part)) for part, is_sound in parts)
+    return isinstance(value, dict) and _all(_record, value.get("epochs")) and _all(_point, value.get("points"))
 
 
 def _scaler(value: Any) -> bool:
@@ -243,7 +233,7 @@ SOUND = {
     "epoch": _count,
     "evaluated": lambda value: isinstance(value, bool),
     "history": _history,
-    "meter": _meter,
+    "meter": lambda value: isinstance(value, dict) and _all(_row, value.get("sums")),
     "model": _named,
     "model_ema": _named,
     "position": _count,

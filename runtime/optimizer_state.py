@@ -14,7 +14,7 @@ GIVEN = ("lr", "initial_lr", "lr_scale", "weight_decay", "betas", "eps", "moment
 count their steps there."""
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, path: Path) -> None:
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, path: str | Path) -> None:
     """Go on with the memory that an optimizer of the same kind saved, at this run's rates and decays.
 
     UsageError if the parameters are grouped otherwise, or if the memory is not one of this optimizer.

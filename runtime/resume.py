@@ -35,15 +35,16 @@ def open_folder(folder: RunFolder, processes: DistInfo) -> Iterator[RunFolder]:
 
 def find_checkpoint(
     folder: RunFolder, resume: str, auto_resume: bool, processes: DistInfo
-) -> tuple[dict[str, Any], Path] | None:
-    """The newest checkpoint of the run's folder, else that of --resume, and its path. None if there is neither."""
+) -> tuple[dict[str, Any], str | Path] | None:
+    """The newest checkpoint of the run's folder, else that of --resume, and where it is. None if there is neither."""
     found = None
 
-    def choose() -> Path | None:
+    def choose() -> str | Path | None:
         nonlocal found
         found = folder.newest() if auto_resume else None
         if found is None and resume:
-            found = load_checkpoint(resume), Path(resume)
+            # A Path would spoil an address.
+            found = load_checkpoint(resume), resume if "://" in resume else Path(resume)
         elif found is not None and resume and Path(resume).resolve() != found[1].resolve():
             note(f"going on from {found[1]}, not from --resume {resume}; --no_auto_resume does the opposite")
         return found and found[1]
@@ -57,7 +58,7 @@ def find_checkpoint(
 def go_on(
     state: TrainingState,
     checkpoint: dict[str, Any],
-    path: Path,
+    path: str | Path,
     folder: RunFolder,
     processes: DistInfo,
     midway: bool = True,

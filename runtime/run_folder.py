@@ -61,9 +61,9 @@ class RunFolder:
         """The newest readable checkpoint and its path; None without one. UsageError if none of them can be read."""
         return load_latest(self.path)
 
-    def stands_at(self, path: Path, epoch: int, position: int) -> None:
+    def stands_at(self, path: str | Path, epoch: int, position: int) -> None:
         """Take note that the run goes on from the checkpoint at `path`, which is of this place."""
-        self._last = (epoch, position) if path == self.path / LAST else None
+        self._last = (epoch, position) if Path(path) == self.path / LAST else None
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Write the newest state. The one at the end of the epoch before stays beside it, as PREVIOUS.

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from hashlib import sha1
 from pathlib import Path
 from types import MappingProxyType
@@ -27,8 +28,8 @@ from tqdm import tqdm
 
 from runtime.checkpoint import BEST, LAST, TrainingState
 from runtime.distributed import DistInfo
-from runtime.errors import UsageError
-from runtime.options import RECIPES, to_plain
+from runtime.errors import UsageError, warn
+from runtime.options import RECIPES
 from utils import count_parameters, format_seconds, peak_memory
 
 POINTS_PER_EPOCH = 1000
@@ -164,11 +165,9 @@ class RunLog:
             getattr(self._writer, method)(*values, **options)
         except OSError as error:
             self._writer = None
-            print(
-                f"warning: TensorBoard's files in {self.tensorboard_folder} cannot be written "
-                f"({error.strerror or error}); training goes on without them. Started again, it writes them anew",
-                file=sys.stderr,
-                flush=True,
+            warn(
+                f"TensorBoard's files in {self.tensorboard_folder} cannot be written ({error.strerror or error}); "
+                "training goes on without them. Started again, it writes them anew"
             )
 
     def _write_text(self) -> None:
@@ -278,7 +277,7 @@ def show_notices(processes: DistInfo) -> None:
 @_writing()
 def write_options(options: Any, folder: Path) -> None:
     """options.yaml: every option of the run, as a recipe that goes on with it."""
-    values = {**to_plain(options), "output_dir": str(folder)}
+    values = {**asdict(options), "output_dir": str(folder)}
     (folder / "options.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
 
 

@@ -10,7 +10,7 @@ import timm
 from torch import nn
 
 from models.labels import labels_of
-from models.weights import check_outline, count_classes, load_checkpoint, options_of, weights_of
+from models.weights import check_outline, count_classes, load_checkpoint, load_for_inference, options_of, weights_of
 from runtime.command_line import KeyValues, with_underscores
 from runtime.errors import OneLineParser
 from runtime.model import build_model, check_model_name
@@ -54,13 +54,12 @@ def load_model(
         weights = weights_of(content, checkpoint, use_ema)
         num_classes = count_classes(weights, name, checkpoint)
         check_outline(lambda: build_model(options, num_classes), weights, checkpoint)
-        model = build_model(options, num_classes)
-        model.load_state_dict(weights)
+        model = load_for_inference(build_model(options, num_classes), weights, checkpoint)
     else:
-        model = build_model(options, 1000)
+        model = build_model(options, 1000).eval()
     options.input_size = options.input_size if input_size is None else input_size
     check_ranges(options, prefix="--")
-    return Loaded(model.eval(), options, labels_of(content, model.num_classes), trained=bool(checkpoint))
+    return Loaded(model, options, labels_of(content, model.num_classes), trained=bool(checkpoint))
 
 
 def _native_size(name: str) -> int:

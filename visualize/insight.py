@@ -42,7 +42,7 @@ class Watcher:
         check_readable(model, name)
         self.model, self.images, self.pixels = model, normalize(images, pixels), pixels
 
-    def look(self) -> Insight:
+    def collect(self) -> Insight:
         """The attention of the model as it is now. Takes one forward pass per image, without effect on the training."""
         parameter = next(self.model.parameters())
         captures = [capture(self.model, image[None].to(parameter)) for image in self.images]

@@ -52,7 +52,7 @@ def report_html(
     title: str, facts: str, predictions: Sequence[tuple[str, float]], sections: Sequence[Section], trained: bool
 ) -> str:
     """The report. facts: one line on model and weights; predictions: class names and probabilities, best first."""
-    rows = "".join(f"<tr><td>{escape(name)}</td><td>{100 * share:.1f} %</td></tr>" for name, share in predictions)
+    rows = prediction_rows(predictions)
     alarm = "" if trained else f'<p class="alarm"><strong>{UNTRAINED}</strong>{UNTRAINED_HINT}</p>'
     body = "".join(
         f'<h2>{escape(section.title)}</h2><div class="panels">{"".join(map(figure_html, section.pictures))}</div>'
@@ -65,6 +65,11 @@ def report_html(
         f'<h1>{escape(title)}</h1><p class="facts">{escape(facts)}</p>{alarm}'
         f"<h2>Prediction</h2><table>{rows}</table>{body}</body></html>\n"
     )
+
+
+def prediction_rows(predictions: Sequence[tuple[str, float]]) -> str:
+    """The rows of a table of class names and probabilities."""
+    return "".join(f"<tr><td>{escape(name)}</td><td>{100 * share:.1f} %</td></tr>" for name, share in predictions)
 
 
 def figure_html(picture: Picture) -> str:
