@@ -28,7 +28,7 @@ KEPT = "checkpoint.{:04d}.pth"
 
 @dataclass
 class TrainingState:
-    """Everything that changes while a run trains, and what says which run it is.
+    """Everything that changes while a run trains, and which run it is.
 
     Fields with a state_dict are saved by it, the others as they are, all under their own names.
     epoch, position, evaluated: the place in the run (see above). data: the numbers that fix the order of the images.
@@ -49,7 +49,7 @@ class TrainingState:
     best: dict[str, Any] = field(default_factory=dict)
 
     def restore(self, checkpoint: dict[str, Any], path: str | Path) -> None:
-        """Go on where a checkpoint stands. UsageError if it is of another model, or of other data midway an epoch."""
+        """Load a checkpoint. UsageError if it is of another model, or of other data midway an epoch."""
         missing = {f.name for f in fields(self)} - {"model_ema", "evaluated"} - checkpoint.keys()
         if missing:
             raise UsageError(f"{path} holds no state of a training run (no {listed(missing)}); use --finetune {path}")
@@ -63,7 +63,7 @@ class TrainingState:
             raise UsageError(f"{path} was trained on other classes; choose another --output_dir, or --finetune {path}")
         if checkpoint["args"].get("opt") != self.args["opt"]:
             raise UsageError(f"{path} was trained with --opt {checkpoint['args'].get('opt')}; go on with that")
-        epoch, position, evaluated = place_of(checkpoint)
+        epoch, position, evaluated = position_of(checkpoint)
         self._check_data(checkpoint["data"], epoch, position, path)
         weights = weights_of(checkpoint, path)
         check_fit(self.model, weights, path)
@@ -78,7 +78,7 @@ class TrainingState:
         self.epoch, self.position, self.evaluated, self.best = epoch, position, evaluated, checkpoint["best"]
 
     def _check_data(self, theirs: dict[str, Any], epoch: int, position: int, path: str | Path) -> None:
-        """UsageError if the rest of an epoch would show other images; a notice if later epochs will."""
+        """Raise UsageError if the rest of an epoch would show other images; print a note if later epochs will."""
         changed = {name: value for name, value in self.data.items() if name in theirs and theirs[name] != value}
         if position and changed:
             changes = ", ".join(f"{name} was {theirs[name]}, is {value}" for name, value in changed.items())
@@ -93,8 +93,8 @@ class TrainingState:
             note(f"the data had {then} training images when {path} was written, now {now}")
 
 
-def place_of(checkpoint: dict[str, Any]) -> tuple[int, int, bool]:
-    """Where training goes on: epoch, image in it, and whether the epoch before has been evaluated."""
+def position_of(checkpoint: dict[str, Any]) -> tuple[int, int, bool]:
+    """Return where training goes on: epoch, image in it, and whether the epoch before has been evaluated."""
     epoch, position, evaluated = checkpoint["epoch"], checkpoint["position"], checkpoint.get("evaluated", True)
     if 0 < position == checkpoint["data"].get("images per epoch"):  # as earlier versions wrote the end of an epoch
         return epoch + 1, 0, False
@@ -102,7 +102,7 @@ def place_of(checkpoint: dict[str, Any]) -> tuple[int, int, bool]:
 
 
 def build_checkpoint(state: TrainingState, weights_only: nn.Module | None = None) -> dict[str, Any]:
-    """The one place that says what a checkpoint holds.
+    """Build the dictionary that is saved; nothing else says what a checkpoint holds.
 
     weights_only: leave out what only going on with the training needs, and take the weights from this module.
     """
@@ -155,17 +155,17 @@ def _sync_folder(folder: Path) -> None:
 
 
 def kept_in(folder: Path) -> list[Path]:
-    """The checkpoints that --save_every kept in a run's folder, newest first."""
+    """List the checkpoints that --save_every kept in a run's folder, newest first."""
     return sorted(folder.glob(KEPT.replace("{:04d}", "[0-9]*")), key=lambda path: int(path.name.split(".")[1]))[::-1]
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """All checkpoints to go on from in a run's folder, newest first."""
+    """List all checkpoints to go on from in a run's folder, newest first."""
     return [path for path in (folder / LAST, folder / PREVIOUS) if path.exists()] + kept_in(folder)
 
 
 def load_latest(folder: Path) -> tuple[dict[str, Any], Path] | None:
-    """The newest readable checkpoint of a run folder and its path; None if it has none. Warns if it falls back."""
+    """Load the newest readable checkpoint of a run folder, and say its path; None without one. Warns on fallback."""
     candidates = checkpoints_in(folder)
     for path, older in zip(candidates, [*candidates[1:], None], strict=False):
         try:

@@ -64,7 +64,7 @@ def _patience(folder: Path) -> int:
 
 
 def _let_go_in_child() -> None:
-    """A data loading worker that outlives a killed run must not keep its lock, which copies of a descriptor share."""
+    """Close the lock in a forked process: a data loading worker may outlive a killed run and would keep its lock."""
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()

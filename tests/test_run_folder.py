@@ -144,7 +144,7 @@ def test_save_never_replaces_the_state_that_a_damaged_one_fell_back_to(tmp_path)
     again = RunFolder(tmp_path)
     content, path = again.newest()
     assert path.name == PREVIOUS
-    again.stands_at(path, content["epoch"], content["position"])
+    again.set_position(path, content["epoch"], content["position"])
     again.save(state(1, 8))
     assert places(tmp_path) == [(1, 8), (1, 0)]
 

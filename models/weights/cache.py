@@ -15,7 +15,7 @@ from .errors import WeightsError
 
 
 def cache_folder() -> Path:
-    """$DEBIFORMER_HOME, else a folder in torch hub's. Its files are named MODEL-SHA256.pth (or .safetensors)."""
+    """Return $DEBIFORMER_HOME, else a folder in torch hub's. Its files are MODEL-SHA256.pth (or .safetensors)."""
     return Path(os.environ.get("DEBIFORMER_HOME") or Path(torch.hub.get_dir()) / "debiformer")
 
 
@@ -28,7 +28,7 @@ def sha256_of(path: Path) -> str:
 
 
 def cached_file(model: str) -> Path | None:
-    """The cached weights of a model; None if there are none. WeightsError if they changed since they were cached."""
+    """Return the cached weights of a model; None if there are none. WeightsError if they have changed since."""
     folder = cache_folder()
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
     entries = [match for name in names if (match := re.fullmatch(rf"{model}-([0-9a-f]{{64}})\.\w+", name))]
@@ -43,7 +43,7 @@ def cached_file(model: str) -> Path | None:
 
 @contextlib.contextmanager
 def receiving(model: str) -> Iterator[Path]:
-    """An empty folder to download into. One process at a time has it; what a killed one left there is removed."""
+    """Give one process at a time an empty folder to download into; what a killed one left there is removed."""
     home = cache_folder()
     folder = home / f".{model}.part"
     try:

@@ -40,7 +40,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 
 def _is_table(value: Any, wanted: Tensor) -> bool:
-    """Whether a value is a position table of the same heads as another, for other images."""
+    """Whether a value is a position table of as many heads as `wanted`, for another image size."""
     return (
         _is_computable(value)
         and value.is_floating_point()
@@ -127,7 +127,7 @@ def check_fit(model: nn.Module, weights: Mapping[str, Tensor], path: str | Path)
 
 
 def check_outline(build: Callable[[], nn.Module], weights: Mapping[str, Tensor], path: str | Path) -> None:
-    """`check_fit` before a model takes any memory, so that it will not take more than its weights do."""
+    """Run `check_fit` on a model on the meta device, so that no model is built that is larger than its weights."""
     with torch.device("meta"):
         model = build()
     check_fit(model, weights, path)
@@ -136,7 +136,7 @@ def check_outline(build: Callable[[], nn.Module], weights: Mapping[str, Tensor],
 def _differences(
     found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: str
 ) -> Iterator[tuple[str, dict[str, Any], str]]:
-    """What `WeightsMismatch` is told of weights: problem, arguments, finetuning.
+    """Yield what differs as `WeightsMismatch` takes it: problem, arguments, finetuning.
 
     Each difference is sought in weights without those before it: only the first may be asked for.
     """
@@ -193,7 +193,7 @@ def _blocks_per_stage(names: Iterable[str]) -> dict[int, int]:
 
 
 def _of_extra_block(name: str, theirs: dict[int, int], ours: dict[int, int]) -> bool:
-    """Whether a name belongs to a whole block by which depths differ."""
+    """Whether a name belongs to a block that only one of the two models has."""
     block = BLOCK.match(name)
     if not block or theirs.keys() != ours.keys():
         return False

@@ -47,7 +47,7 @@ OTHERS |= {f"{module}.{name}" for module in ("pathlib", "pathlib._local") for na
 
 @dataclass(slots=True, eq=False)
 class Item:
-    """What is known of a value on the unpickler's stack.
+    """What is known of a value on the unpickler's stack, without making it.
 
     value: of a string or integer; a storage's length; the name of a global, and of the one that made an object; a
     dict's key if it has but one. parts: of a tuple. size: items in a tuple and the tuples within. depth: of containers
@@ -106,7 +106,7 @@ class _Walk:
         return self.stack[-1].value
 
     def follow(self, opcode: str, argument: Any) -> bool:
-        """Do what an opcode does. Returns whether it is one of torch's pickles; torch.load knows no others."""
+        """Apply an opcode to the stack. Returns whether torch's pickles use it; torch.load knows no others."""
         match opcode:
             case "BINPUT" | "LONG_BINPUT":
                 self.memo[argument] = self.stack[-1]
@@ -155,7 +155,7 @@ class _Walk:
         self.stack.append(whole)
 
     def hold(self, whole: Item, items: list[Item]) -> None:
-        """Put items into a container. One that is itself held already takes no more, so that depths stay true."""
+        """Put items into a container. WeightsError if that is in another one already: its depth would be wrong."""
         for item in items:
             item.held = True
             whole.depth = max(whole.depth, item.depth + 1)

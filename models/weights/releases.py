@@ -43,7 +43,7 @@ class Places:
 
 
 def release_of(model: str) -> Release:
-    """The release of a model. WeightsError if none was published."""
+    """Return the release of a model. WeightsError if none was published."""
     if model not in RELEASES:
         close = difflib.get_close_matches(model, RELEASES, n=1, cutoff=0.5)
         remedy = f"did you mean {close[0]}?" if close else f"there are those of {', '.join(RELEASES)}"
@@ -52,7 +52,7 @@ def release_of(model: str) -> Release:
 
 
 def find_release(model: str, places: Places | None = None) -> Path:
-    """The file with a model's published weights, downloaded if it is not here yet.
+    """Find the file with a model's published weights; download it if it is not here yet.
 
     WeightsError if no place has it, with every place's reason and the remedy, or if a file is not what it should be.
     """
@@ -90,7 +90,7 @@ def find_release(model: str, places: Places | None = None) -> Path:
 
 
 def here(release: Release, places: Places) -> Path | None:
-    """The weights in the local folder or else in the cache; None if they are in neither. WeightsError if damaged."""
+    """Find the weights in the local folder or else in the cache; None if in neither. WeightsError if damaged."""
     path = file_in_folder(release, Path(places.folder)) if places.folder else None
     if path is not None:
         check_sha256(release, path)
@@ -98,6 +98,6 @@ def here(release: Release, places: Places) -> Path | None:
 
 
 def check_sha256(release: Release, path: Path) -> None:
-    """WeightsError if the published checksum is known and another."""
+    """Raise WeightsError if the published checksum is known and another."""
     if release.sha256 is not None and sha256_of(path) != release.sha256:
         raise WeightsError(f"{path} is not the file that was published for {release.model}: its sha256 is another")

@@ -71,7 +71,7 @@ class Release:
 
 
 def from_mirror(name: str, url: str, release: Release, folder: Path) -> Path:
-    """MODEL.pth of a web server or a folder. url: http://, https:// or file://."""
+    """Fetch MODEL.pth of a web server or a folder. url: http://, https:// or file://."""
     file = f"{release.model}.pth"
     parts = urlsplit(f"{url.rstrip('/')}/{file}")
     if parts.scheme in ("http", "https"):
@@ -87,7 +87,7 @@ def from_mirror(name: str, url: str, release: Release, folder: Path) -> Path:
 
 
 def from_hub(name: str, repo: str, release: Release, folder: Path) -> Path:
-    """A file of a Hugging Face repository OWNER/NAME; {model} in it stands for the model's name."""
+    """Fetch a file of a Hugging Face repository OWNER/NAME; {model} in it stands for the model's name."""
     repo = repo.replace("{model}", release.model)
     dedicated, hub = release.names(repo.rpartition("/")[2], suffix=""), HfApi()
     try:
@@ -106,7 +106,7 @@ def from_hub(name: str, repo: str, release: Release, folder: Path) -> Path:
 
 
 def from_authors(_name: str, url: str, release: Release, folder: Path) -> Path:
-    """A file of a public folder of Google Drive that holds the weights of one model, and perhaps its log."""
+    """Fetch from a public folder of Google Drive that holds the weights of one model, and perhaps its log."""
     if url.startswith("https://1drv.ms/"):  # of the kind whose links stopped working in 2026: never asked
         raise Unavailable("the authors' OneDrive links no longer answer (share id was malformed)")
     with _reasons("Google Drive"):
@@ -126,7 +126,7 @@ def from_authors(_name: str, url: str, release: Release, folder: Path) -> Path:
 
 
 def fetch_url(url: str) -> Path:
-    """The file at an http(s) address, from the cache if it was downloaded before. WeightsError if it cannot be had."""
+    """Fetch the file at an http(s) address; from the cache if it was downloaded before. WeightsError if that fails."""
     name = f"url-{hashlib.sha256(url.encode()).hexdigest()[:16]}"
     with receiving(name) as folder:
         found = cached_file(name)
@@ -141,7 +141,7 @@ def fetch_url(url: str) -> Path:
 
 
 def choose_file(names: Sequence[str], release: Release, dedicated: bool) -> str:
-    """The file that holds the weights, among relative paths. Unavailable if there is none or no telling which.
+    """Choose the file that holds the weights among relative paths. Unavailable if none or several may be it.
 
     dedicated: the place is this model's alone, so a weight file of any name will do.
     """
@@ -162,7 +162,7 @@ def choose_file(names: Sequence[str], release: Release, dedicated: bool) -> str:
 
 
 def file_in_folder(release: Release, folder: Path) -> Path | None:
-    """The weights in a local folder, or in its subfolder named after the model; None if they are not there."""
+    """Find the weights in a local folder, or in its subfolder named after the model; None if they are not there."""
     if not folder.is_dir():
         raise WeightsError(f"the folder of released weights, {folder}, does not exist")
     for place, dedicated in ((folder / release.model, True), (folder, False)):
@@ -206,7 +206,7 @@ def _download(url: str, path: Path, source: str, sized: bool = True) -> Path:
 
 
 def _within_time(fetch: Callable[[], Path]) -> Path:
-    """What `fetch` returns or raises, or Unavailable after MAX_SECONDS; it cannot be ended, only left."""
+    """Call `fetch` in a thread. Unavailable after MAX_SECONDS, when the thread is left to itself."""
     result: Future[Path] = Future()
 
     def run() -> None:
@@ -223,7 +223,7 @@ def _within_time(fetch: Callable[[], Path]) -> Path:
 
 @contextlib.contextmanager
 def _reasons(source: str) -> Iterator[None]:
-    """Turns what gdown raises, or that it is not there, into Unavailable; a full disk stays an OSError."""
+    """Turn what gdown raises, or that it is missing, into Unavailable; a full disk stays an OSError."""
     try:
         import requests
         from gdown.exceptions import DownloadCancelled, DownloadError, FileURLRetrievalError
