@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from timm.scheduler.scheduler import Scheduler
@@ -28,9 +28,6 @@ from runtime.run_log import Progress
 from tasks.base import Batch, Task
 from tasks.loading import Data
 from utils import count_parameters, seed_everything
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass
@@ -284,7 +281,7 @@ class Run:
                 record |= {f"{name}_{figure}": value for figure, value in figures.items() if figure != "images"}
                 self._keep_best(candidate, {**figures, "epoch": epoch, "weights": name.replace("test", "model")})
         if self.watcher is not None and (epoch + 1) % self.watch_every == 0:
-            seen = self.watcher.look()
+            seen = self.watcher.collect()
             state.history.attention(seen.scalars, seen.pictures, epoch)
         record["n_parameters"] = count_parameters(state.model)
         record["seconds"] = round(time.monotonic() - started, 2)

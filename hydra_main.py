@@ -20,7 +20,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, fields, make_dataclass
+from dataclasses import asdict, dataclass, fields, make_dataclass
 from hashlib import sha1
 from pathlib import Path
 
@@ -35,7 +35,7 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError, Uncomplet
 
 from runtime import submitit_job
 from runtime.errors import UsageError, did_you_mean, exit_on_error
-from runtime.options import SlurmOptions, check_ranges, names_of, option, to_plain
+from runtime.options import SlurmOptions, check_ranges, names_of, option
 from tasks.options import DEFAULT_RECIPE, Options, options_of_task, task_of, validate
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -161,7 +161,7 @@ def submit(options: Options, slurm: SlurmOptions) -> submitit.Job:
         )
     try:
         with redirect_stderr(io.StringIO()), signals_left_to_job():  # submitit prints what it raises
-            return executor.submit(submitit_job.Job(to_plain(options), slurm))
+            return executor.submit(submitit_job.Job(asdict(options), slurm))
     except (FailedSubmissionError, FailedJobError, OSError) as error:
         raise UsageError(refusal(str(error))) from error
 

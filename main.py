@@ -6,6 +6,7 @@ if __name__ == "__main__":
     PreemptionHandler().install()  # before imports that take seconds
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,7 @@ import models
 import utils
 from engine import Precision, Run, TrainStep, evaluate, unwrapped
 from models.labels import class_names
-from models.weights import WeightsError, checkpoint_filter_fn, load_checkpoint, load_weights, options_of, weights_of
+from models.weights import WeightsError, load_checkpoint, load_for_inference, options_of, weights_of
 from models.weights.releases import Places, find_release
 from optim_factory import build_ema, build_optimizer, build_scheduler, check_training, training_notes
 from runtime.agreement import decide
@@ -27,7 +28,7 @@ from runtime.distributed import find_processes, process_group
 from runtime.errors import UsageError, exit_on_error, explain_dead_workers, message_of, note
 from runtime.meters import LossMeter
 from runtime.model import check_model_name
-from runtime.options import RunOptions, inert_notes, to_plain
+from runtime.options import RunOptions, inert_notes
 from runtime.resume import find_checkpoint, go_on, how_to_go_on, name_folder, open_folder
 from runtime.run_folder import RunFolder
 from runtime.run_log import Progress, RunLog, describe, show_notices, summarise, write_options
@@ -65,19 +66,16 @@ def evaluate_only(options: Options, task: Task) -> dict[str, Any]:
     trained = class_names(content)
     data = build_data(task, options, trained)
     model = task.build_model()
-    if options.load_release:
-        path = release_of(options, model)
-        weights = weights_of(load_checkpoint(path), path, options.use_ema)
-        load_weights(model, checkpoint_filter_fn(weights, model), path)
-    elif options.resume:
-        weights = weights_of(content, options.resume, options.use_ema, auxiliary=hasattr(model, "auxiliary"))
-        weights = checkpoint_filter_fn(weights, model)
-        load_weights(model, weights, options.resume)
+    path = release_of(options, model) if options.load_release else options.resume
+    if path:
+        content, auxiliary = content or load_checkpoint(path), hasattr(model, "auxiliary")
+        weights = weights_of(content, path, options.use_ema, auxiliary)
+        load_for_inference(model, weights, path, resample=True)
     if task.info.is_main:
         lines = task.notes(options_of(content), trained) if options.resume else []
         for line in inert_notes(options) + lines:
             note(line)
-        if not (options.load_release or options.resume):
+        if not path:
             print("Neither --resume nor --load_release given: these are untrained weights")
     if options.fuse:
         model = models.fuse(model.eval())
@@ -180,7 +178,7 @@ def build_state(options: Options, step: TrainStep, data: Data, folder: RunFolder
         step.precision.scaler,
         meter=LossMeter(task.device, task.info),
         history=RunLog(*folders, figures=task.figures, title=task.title),
-        args=to_plain(options),
+        args=asdict(options),
         classes=list(task.classes),
         data={
             "images per epoch": data.epoch_images,

@@ -1,4 +1,4 @@
-"""Devices, random numbers and small meters."""
+"""Devices, random numbers, deterministic algorithms."""
 
 import contextlib
 import os

@@ -18,8 +18,8 @@ import timm
 
 from main import COLLECTIVE_TIMEOUT, run
 from models.weights import WeightsError
+from models.weights.cache import sha256_of
 from models.weights.releases import RELEASES, Places, find_release, here
-from models.weights.sources import sha256_of
 from runtime.distributed import find_processes, process_group
 from runtime.errors import OneLineParser, UsageError, exit_on_error
 from tasks.options import Options, parse_args

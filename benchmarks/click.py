@@ -9,7 +9,6 @@ browser and the way to it add is left out.
 
 import argparse
 import statistics
-import time
 from collections.abc import Callable
 
 import torch
@@ -18,15 +17,13 @@ from runtime.errors import exit_on_error
 from visualize import session
 from visualize.images import to_tensor
 
+from .measure import interleaved_seconds
+
 
 def milliseconds(action: Callable[[], object], repeats: int) -> list[float]:
     """Wall-clock time of each of `repeats` calls."""
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        action()
-        times.append(1000 * (time.perf_counter() - start))
-    return times
+    seconds = interleaved_seconds({"": action}, repeats, torch.device("cpu"), warmup=0)[""]
+    return [1000 * each for each in seconds]
 
 
 def measure(model: str, clicks: int) -> dict[str, list[float]]:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -135,35 +134,25 @@ def matrix_rate(device: torch.device, dtype: torch.dtype, repeats: int = 9, side
 # -- memory -------------------------------------------------------------------------------------------------------
 
 
-class PeakMemory:
-    """Bytes held at most inside a `with` block, above those held at its start: `.bytes`, None where unknown.
+def peak_bytes(step: Callable[[], object], device: torch.device) -> int | None:
+    """Memory that a step holds at most above what is held before, in bytes; None where it cannot be told.
 
     On CUDA what PyTorch has allocated; on a CPU under Linux the resident memory of the process, which is trustworthy
     only for the first step of a fresh process (see `benchmarks.memory`).
     """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.bytes: int | None = None
-
-    def __enter__(self) -> "PeakMemory":
-        gc.collect()
-        if self.device.type == "cuda":
-            synchronize(self.device)
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self._start = torch.cuda.memory_allocated(self.device)
-        elif platform.system() == "Linux":
-            Path("/proc/self/clear_refs").write_text("5")  # the high-water mark becomes what is resident now
-            self._start = _resident("VmRSS")
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self.device.type == "cuda":
-            self.bytes = torch.cuda.max_memory_allocated(self.device) - self._start
-        elif platform.system() == "Linux":
-            self.bytes = _resident("VmHWM") - self._start
+    gc.collect()
+    if device.type == "cuda":
+        synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        step()
+        return torch.cuda.max_memory_allocated(device) - before
+    if platform.system() != "Linux":
+        return None
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark becomes what is resident now
+    before = _resident("VmRSS")
+    step()
+    return _resident("VmHWM") - before
 
 
 def _resident(field: str) -> int:

@@ -9,7 +9,7 @@ import torch
 
 from runtime.errors import UsageError
 
-from .measure import PeakMemory
+from .measure import peak_bytes
 from .workloads import LARGE_MAPS, Case, build_step
 
 Builder = Callable[[torch.device], Callable[[], None]]
@@ -44,6 +44,4 @@ def _peak(what: Case | str | Builder, device: torch.device, warmup: int) -> int 
     step = build(device)
     for _ in range(warmup):
         step()
-    with PeakMemory(device) as peak:
-        step()
-    return peak.bytes
+    return peak_bytes(step, device)

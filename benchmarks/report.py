@@ -109,11 +109,9 @@ def against_peer(task: str, mode: str, field: str = "images_per_second") -> Call
 
 
 def triton_gain(task: str) -> Callable[[Result], float | None]:
-    def gain(result: Result) -> float | None:
-        fast, plain = (find(result, OURS, task, "eager", backend) for backend in ("triton", "reference"))
-        return quotient(fast, plain, "images_per_second")
-
-    return gain
+    return lambda result: quotient(
+        *(find(result, OURS, task, "eager", backend) for backend in ("triton", "reference")), "images_per_second"
+    )
 
 
 def floor_share(mode: str) -> Callable[[Result], float | None]:
@@ -127,11 +125,7 @@ def floor_share(mode: str) -> Callable[[Result], float | None]:
 
 
 def gigabytes(name: str) -> Callable[[Result], float | None]:
-    def size(result: Result) -> float | None:
-        count = result["large_maps"].get(name)
-        return None if count is None else count / 1e9
-
-    return size
+    return lambda result: (count := result["large_maps"].get(name)) and count / 1e9
 
 
 @dataclass(frozen=True)

@@ -28,20 +28,9 @@ ROOT = Path(__file__).resolve().parent.parent
 def time_stop(model: str, batch_size: int, processes: int, folder: Path) -> tuple[float, float]:
     """Seconds of one update, and from the signal until the checkpoint has its final name."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    launcher = torchrun if processes > 1 else []
-    command = [
-        *launcher,
-        "main.py",
-        "--model",
-        model,
-        "--data_set",
-        "DIGITS",
-        "--input_size",
-        "224",
-        "--print_freq",
-        "1",
-    ]
-    command += ["--batch_size", str(batch_size), "--num_workers", "1", "--output_dir", str(folder)]
+    command = [*(torchrun if processes > 1 else []), "main.py", "--model", model, "--batch_size", str(batch_size)]
+    command += ["--data_set", "DIGITS", "--input_size", "224", "--print_freq", "1", "--num_workers", "1"]
+    command += ["--output_dir", str(folder)]
     run = subprocess.Popen(
         [sys.executable, *command], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )

@@ -95,14 +95,14 @@ def overlapping_downsampling(in_chans: int, embed_dims: Sequence[int]) -> list[n
     return [stem, *merges]
 
 
-def run_stage(downsample: nn.Module, blocks: nn.Module, x: Tensor, recompute: bool = False) -> Tensor:
+def run_stage(downsample: nn.Module, blocks: nn.Module, x: Tensor, grad_checkpointing: bool = False) -> Tensor:
     """Downsample, then run the blocks: (B, C, H, W) -> (B, C', H', W') in channels-last memory.
 
     blocks: a module that runs them one after the other, and iterates over them.
-    recompute: keep only the blocks' inputs for the backward pass and compute the rest again there.
+    grad_checkpointing: keep only the blocks' inputs for the backward pass and compute the rest again there.
     """
     x = downsample(x).contiguous(memory_format=torch.channels_last)
-    return checkpoint_seq(blocks, x) if recompute else blocks(x)
+    return checkpoint_seq(blocks, x) if grad_checkpointing else blocks(x)
 
 
 class Backbone(nn.Module):
@@ -211,8 +211,8 @@ class Backbone(nn.Module):
 
     def forward_stage(self, stage: int, x: Tensor) -> Tensor:
         """One stage, 0..3: (B, C, H, W) -> (B, C', H', W')."""
-        recompute = self.training and self.grad_checkpointing[stage]
-        return run_stage(self.downsample_layers[stage], self.stages[stage], x, recompute)
+        checkpointed = self.training and self.grad_checkpointing[stage]
+        return run_stage(self.downsample_layers[stage], self.stages[stage], x, checkpointed)
 
     def check_input(self, x: Tensor) -> Tensor:
         return x if self.auto_pad else check_image_size(x, self.n_win, self.grid_strides, self.round_up)

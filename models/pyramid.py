@@ -43,7 +43,7 @@ class FeaturePyramid(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         outputs = []
         stages = zip(self.downsample_layers, self.stages, self.grad_checkpointing, self.extra_norms, strict=True)
-        for downsample, blocks, recompute, norm in stages:
-            x = run_stage(downsample, blocks, x, recompute and self.training)
+        for downsample, blocks, checkpointed, norm in stages:
+            x = run_stage(downsample, blocks, x, checkpointed and self.training)
             outputs.append(norm(x))
         return outputs

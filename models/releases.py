@@ -28,8 +28,8 @@ from typing import NoReturn
 import timm
 
 from .weights import WeightsError, check_outline, load_checkpoint, weights_of
+from .weights.cache import cache_folder, keep_in_cache, receiving, sha256_of
 from .weights.releases import RELEASES, Places, check_sha256, find_release, here, release_of
-from .weights.sources import cache_folder, keep_in_cache, receiving, sha256_of
 
 COMMAND = f"{__package__}.releases"
 """models.releases in a checkout, debiformer.releases where the package is installed."""
@@ -41,7 +41,7 @@ def list_releases(places: Places) -> None:
     print(row.format("model", "top-1", "licence", "published at; here as"))
     for release in RELEASES.values():
         top1 = "-" if release.top1 is None else f"{release.top1:.1f}"
-        print(row.format(release.model, top1, release.licence or "not known", release.source))
+        print(row.format(release.model, top1, release.license or "not known", release.url))
         try:
             found = here(release, places)
         except WeightsError as error:

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and how it is written so that one can always be read (which models/weights.py does).
+"""What a checkpoint holds, and how it is written so that one can always be read (which models/weights/ does).
 
 A checkpoint is a dict of tensors and plain containers, readable with `torch.load(weights_only=True)`:
 model, model_ema, optimizer, scaler: state dicts; epoch, position: the place in the data at which
@@ -9,7 +9,7 @@ args: the options; data: what fixes the order of the data; classes: their names.
 
 import contextlib
 import os
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from models.weights import AUXILIARY, WeightsError, check_fit, load_checkpoint, load_weights, weights_of
-from runtime.errors import UsageError, listed
+from runtime.errors import UsageError, listed, note, warn
 from runtime.optimizer_state import load_optimizer
 
 LAST, PREVIOUS, BEST = "checkpoint.pth", "checkpoint.previous.pth", "best.pth"
@@ -28,7 +28,7 @@ KEPT = "checkpoint.{:04d}.pth"
 
 @dataclass
 class TrainingState:
-    """Everything that changes while a run trains, and what says which run it is.
+    """Everything that changes while a run trains, and which run it is.
 
     Fields with a state_dict are saved by it, the others as they are, all under their own names.
     epoch, position, evaluated: the place in the run (see above). data: the numbers that fix the order of the images.
@@ -48,8 +48,8 @@ class TrainingState:
     evaluated: bool = True
     best: dict[str, Any] = field(default_factory=dict)
 
-    def restore(self, checkpoint: dict[str, Any], path: Path) -> None:
-        """Go on where a checkpoint stands. UsageError if it is of another model, or of other data midway an epoch."""
+    def restore(self, checkpoint: dict[str, Any], path: str | Path) -> None:
+        """Load a checkpoint. UsageError if it is of another model, or of other data midway an epoch."""
         missing = {f.name for f in fields(self)} - {"model_ema", "evaluated"} - checkpoint.keys()
         if missing:
             raise UsageError(f"{path} holds no state of a training run (no {listed(missing)}); use --finetune {path}")
@@ -63,7 +63,7 @@ class TrainingState:
             raise UsageError(f"{path} was trained on other classes; choose another --output_dir, or --finetune {path}")
         if checkpoint["args"].get("opt") != self.args["opt"]:
             raise UsageError(f"{path} was trained with --opt {checkpoint['args'].get('opt')}; go on with that")
-        epoch, position, evaluated = place_of(checkpoint)
+        epoch, position, evaluated = position_of(checkpoint)
         self._check_data(checkpoint["data"], epoch, position, path)
         weights = weights_of(checkpoint, path, auxiliary=True)
         check_fit(self.model, weights, path)
@@ -78,8 +78,8 @@ class TrainingState:
         self.history.load_state_dict(checkpoint["history"])
         self.epoch, self.position, self.evaluated, self.best = epoch, position, evaluated, checkpoint["best"]
 
-    def _check_data(self, theirs: dict[str, Any], epoch: int, position: int, path: Path) -> None:
-        """UsageError if the rest of an epoch would show other images; a notice if later epochs will."""
+    def _check_data(self, theirs: dict[str, Any], epoch: int, position: int, path: str | Path) -> None:
+        """Raise UsageError if the rest of an epoch would show other images; print a note if later epochs will."""
         changed = {name: value for name, value in self.data.items() if name in theirs and theirs[name] != value}
         if position and changed:
             changes = ", ".join(f"{name} was {theirs[name]}, is {value}" for name, value in changed.items())
@@ -90,16 +90,12 @@ class TrainingState:
         if position and (position > self.data["images per epoch"] or position % self.data["total batch"]):
             raise UsageError(f"{path} is damaged: no update of epoch {epoch + 1} ends at image {position}")
         if "images" in changed:
-            print(
-                f"note: the data had {theirs['images']} training images when {path} was written, "
-                f"now {self.data['images']}",
-                file=sys.stderr,
-                flush=True,
-            )
+            then, now = theirs["images"], self.data["images"]
+            note(f"the data had {then} training images when {path} was written, now {now}")
 
 
-def place_of(checkpoint: dict[str, Any]) -> tuple[int, int, bool]:
-    """Where training goes on: epoch, image in it, and whether the epoch before has been evaluated."""
+def position_of(checkpoint: dict[str, Any]) -> tuple[int, int, bool]:
+    """Return where training goes on: epoch, image in it, and whether the epoch before has been evaluated."""
     epoch, position, evaluated = checkpoint["epoch"], checkpoint["position"], checkpoint.get("evaluated", True)
     if 0 < position == checkpoint["data"].get("images per epoch"):  # as earlier versions wrote the end of an epoch
         return epoch + 1, 0, False
@@ -107,7 +103,7 @@ def place_of(checkpoint: dict[str, Any]) -> tuple[int, int, bool]:
 
 
 def build_checkpoint(state: TrainingState, weights_only: nn.Module | None = None) -> dict[str, Any]:
-    """The one place that says what a checkpoint holds.
+    """Build the dictionary that is saved; nothing else says what a checkpoint holds.
 
     weights_only: leave out what only going on with the training needs, auxiliary weights among it, and take the weights
         from this module.
@@ -164,17 +160,17 @@ def _sync_folder(folder: Path) -> None:
 
 
 def kept_in(folder: Path) -> list[Path]:
-    """The checkpoints that --save_every kept in a run's folder, newest first."""
+    """List the checkpoints that --save_every kept in a run's folder, newest first."""
     return sorted(folder.glob(KEPT.replace("{:04d}", "[0-9]*")), key=lambda path: int(path.name.split(".")[1]))[::-1]
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """All checkpoints to go on from in a run's folder, newest first."""
+    """List all checkpoints to go on from in a run's folder, newest first."""
     return [path for path in (folder / LAST, folder / PREVIOUS) if path.exists()] + kept_in(folder)
 
 
 def load_latest(folder: Path) -> tuple[dict[str, Any], Path] | None:
-    """The newest readable checkpoint of a run folder and its path; None if it has none. Warns if it falls back."""
+    """Load the newest readable checkpoint of a run folder, and say its path; None without one. Warns on fallback."""
     candidates = checkpoints_in(folder)
     for path, older in zip(candidates, [*candidates[1:], None], strict=False):
         try:
@@ -182,7 +178,7 @@ def load_latest(folder: Path) -> tuple[dict[str, Any], Path] | None:
         except WeightsError as error:
             if older is None:
                 raise
-            print(f"warning: {error}; falling back to {older.name}", file=sys.stderr, flush=True)
+            warn(f"{error}; falling back to {older.name}")
     return None
 
 
@@ -201,17 +197,18 @@ def _named(value: Any) -> bool:
     return isinstance(value, dict) and all(isinstance(name, str) for name in value)
 
 
+def _all(is_sound: Callable[[Any], bool], values: Any) -> bool:
+    return isinstance(values, list) and all(map(is_sound, values))
+
+
 def _best(value: Any) -> bool:
-    if not _named(value):
-        return False
-    return "epoch" not in value or (_count(value["epoch"]) and isinstance(value.get("weights"), str))
-
-
-def _meter(value: Any) -> bool:
-    sums = value.get("sums") if isinstance(value, dict) else None
-    return isinstance(sums, list) and all(
-        isinstance(row, list) and len(row) == 2 and all(map(_number, row)) for row in sums
+    return _named(value) and (
+        "epoch" not in value or (_count(value["epoch"]) and isinstance(value.get("weights"), str))
     )
+
+
+def _row(value: Any) -> bool:
+    return _all(_number, value) and len(value) == 2
 
 
 def _record(value: Any) -> bool:
@@ -219,20 +216,13 @@ def _record(value: Any) -> bool:
 
 
 def _point(value: Any) -> bool:
-    return (
-        isinstance(value, list | tuple)
-        and len(value) == 3
-        and isinstance(value[0], str)
-        and _number(value[1])
-        and _count(value[2])
-    )
+    if not isinstance(value, list | tuple) or len(value) != 3:
+        return False
+    return isinstance(value[0], str) and _number(value[1]) and _count(value[2])
 
 
 def _history(value: Any) -> bool:
-    if not isinstance(value, dict):
-        return False
-    parts = (value.get("epochs"), _record), (value.get("points"), _point)
-    return all(isinstance(part, list) and all(map(is_sound, part)) for part, is_sound in parts)
+    return isinstance(value, dict) and _all(_record, value.get("epochs")) and _all(_point, value.get("points"))
 
 
 def _scaler(value: Any) -> bool:
@@ -248,7 +238,7 @@ SOUND = {
     "epoch": _count,
     "evaluated": lambda value: isinstance(value, bool),
     "history": _history,
-    "meter": _meter,
+    "meter": lambda value: isinstance(value, dict) and _all(_row, value.get("sums")),
     "model": _named,
     "model_ema": _named,
     "position": _count,

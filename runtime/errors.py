@@ -154,3 +154,8 @@ def did_you_mean(name: str, known: Iterable[str], otherwise: str, mark: str = ""
 def note(message: str) -> None:
     """Tell the user something that may be meant, or forgotten."""
     print(f"note: {message}", file=sys.stderr, flush=True)
+
+
+def warn(message: str) -> None:
+    """Tell the user of something wrong that does not end the run."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)

@@ -4,11 +4,10 @@ import errno
 import fcntl
 import os
 import socket
-import sys
 import time
 from pathlib import Path
 
-from runtime.errors import UsageError
+from runtime.errors import UsageError, note
 
 NAME = ".lock"
 SECONDS_TO_NOTICE_DEATH = 120
@@ -32,7 +31,7 @@ def lock(folder: Path) -> int | None:
             holder = os.read(descriptor, 1000).decode(errors="replace")
             os.close(descriptor)
             if error.errno not in (errno.EAGAIN, errno.EACCES):
-                _tell(f"note: {folder} cannot be locked ({error.strerror}): start no second run there")
+                note(f"{folder} cannot be locked ({error.strerror}): start no second run there")
                 return None
             host, _, process = holder.partition(" ")
             # Here, the lock of a dead process is gone. That of a machine may take a while.
@@ -60,16 +59,12 @@ def unlock(folder: Path, descriptor: int) -> None:
 
 
 def _patience(folder: Path) -> int:
-    _tell(f"note: a run on another machine holds {folder}; waiting whether it is alive")
+    note(f"a run on another machine holds {folder}; waiting whether it is alive")
     return SECONDS_TO_NOTICE_DEATH
 
 
-def _tell(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
-
-
 def _let_go_in_child() -> None:
-    """A data loading worker that outlives a killed run must not keep its lock, which copies of a descriptor share."""
+    """Close the lock in a forked process: a data loading worker may outlive a killed run and would keep its lock."""
     for descriptor in _held:
         os.close(descriptor)
     _held.clear()

@@ -1,4 +1,4 @@
-"""The optimizer's memory in a checkpoint: checked, and taken over without the options of the run that wrote it."""
+"""The optimizer's state in a checkpoint: checked, and loaded without the options of the run that wrote it."""
 
 import copy
 from pathlib import Path
@@ -10,14 +10,14 @@ from torch import Tensor
 from runtime.errors import UsageError
 
 GIVEN = ("lr", "initial_lr", "lr_scale", "weight_decay", "betas", "eps", "momentum")
-"""What this run's options set in a group of parameters. The rest is the optimizer's memory: LAMB, Adan and Lookahead
-count their steps there."""
+"""What this run's options set in a group of parameters. The rest is state: LAMB, Adan and Lookahead count their steps
+there."""
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, path: Path) -> None:
-    """Go on with the memory that an optimizer of the same kind saved, at this run's rates and decays.
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, path: str | Path) -> None:
+    """Load the state that an optimizer of the same kind saved, and keep this run's rates and decays.
 
-    UsageError if the parameters are grouped otherwise, or if the memory is not one of this optimizer.
+    UsageError if the parameters are grouped otherwise, or if the state is not one of this optimizer.
     """
     damaged = UsageError(f"{path}: its optimizer state is damaged or of another optimizer")
     if not isinstance(saved, dict) or not isinstance(saved.get("state"), dict):
@@ -49,7 +49,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, path: Path) -> 
 
 
 def _after_one_step(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The state dict of a copy that made one step: what the memory of such an optimizer looks like."""
+    """Return the state dict of a copy that made one step, as an example of such an optimizer's."""
     trial = copy.deepcopy(getattr(optimizer, "_base_optimizer", optimizer))  # Lookahead itself cannot be copied
     for group in trial.param_groups:
         for parameter in group["params"]:
@@ -59,7 +59,7 @@ def _after_one_step(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def _is_like(found: Any, expected: Any) -> bool:
-    """Whether a value of the memory has the structure of another; what appears only after more steps may be missing."""
+    """Whether a value has the structure of an example; what appears only after more steps may be missing."""
     if isinstance(expected, Tensor):
         return isinstance(found, Tensor) and found.shape == expected.shape and found.dtype == expected.dtype
     if isinstance(expected, dict):

@@ -9,7 +9,7 @@ import json
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +88,6 @@ def _check_list(name: str, numbers: list[float], spec: Field) -> None:
 def names_of(*kinds: type) -> list[str]:
     """The names of these dataclasses' options."""
     return [spec.name for kind in kinds for spec in fields(kind)]
-
-
-def to_plain(options: Any) -> dict[str, Any]:
-    """The options as a dict of plain values, fit for YAML and for checkpoints."""
-    return asdict(options)
 
 
 def table_of(group: type) -> list[str]:

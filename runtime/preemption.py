@@ -166,7 +166,7 @@ class PreemptionHandler:
             raise
 
     def sync(self, save: bool = False) -> Request:
-        """What all do now. Every process calls this after every update; `save`: this process wishes to save."""
+        """Return what all processes do now. Each calls this after every update; save: this process wishes to save."""
         wish = Request.STOP if self.signals else Request.SAVE if save else Request.NOTHING
         if self._group is None:
             return wish
@@ -200,7 +200,7 @@ class PreemptionHandler:
 
 @contextlib.contextmanager
 def handle_signals() -> Iterator[PreemptionHandler]:
-    """The process's handler for the duration of a run; a passing one, which ends nothing early, where it has none."""
+    """Use the process's handler during a run; where it has none, one that ends nothing early and is removed after."""
     handler = PreemptionHandler.current
     passing = handler is None
     if passing:

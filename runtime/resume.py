@@ -17,7 +17,7 @@ from runtime.run_folder import RunFolder
 
 
 def name_folder(output_dir: str, model: str, processes: DistInfo) -> Path:
-    """--output_dir, or a folder named by model and time."""
+    """Return --output_dir, or a folder named by model and time."""
     if not output_dir and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
         raise UsageError("--max-restarts needs --output_dir, so that restarted processes find their checkpoint")
     return decide(lambda: Path(output_dir or f"outputs/cls/{model}/{datetime.now():%Y%m%d-%H%M%S}"), processes)
@@ -25,7 +25,7 @@ def name_folder(output_dir: str, model: str, processes: DistInfo) -> Path:
 
 @contextlib.contextmanager
 def open_folder(folder: RunFolder, processes: DistInfo) -> Iterator[RunFolder]:
-    """The main process holds the folder during the block. UsageError on all processes if another run does."""
+    """Lock the folder during the block, on the main process. UsageError on all processes if another run does."""
     decide(folder.open, processes)
     try:
         yield folder
@@ -35,15 +35,16 @@ def open_folder(folder: RunFolder, processes: DistInfo) -> Iterator[RunFolder]:
 
 def find_checkpoint(
     folder: RunFolder, resume: str, auto_resume: bool, processes: DistInfo
-) -> tuple[dict[str, Any], Path] | None:
-    """The newest checkpoint of the run's folder, else that of --resume, and its path. None if there is neither."""
+) -> tuple[dict[str, Any], str | Path] | None:
+    """Load the newest checkpoint of the run's folder, else --resume, and say where it is. None if there is neither."""
     found = None
 
-    def choose() -> Path | None:
+    def choose() -> str | Path | None:
         nonlocal found
         found = folder.newest() if auto_resume else None
         if found is None and resume:
-            found = load_checkpoint(resume), Path(resume)
+            # A Path would spoil an address.
+            found = load_checkpoint(resume), resume if "://" in resume else Path(resume)
         elif found is not None and resume and Path(resume).resolve() != found[1].resolve():
             note(f"going on from {found[1]}, not from --resume {resume}; --no_auto_resume does the opposite")
         return found and found[1]
@@ -57,12 +58,12 @@ def find_checkpoint(
 def go_on(
     state: TrainingState,
     checkpoint: dict[str, Any],
-    path: Path,
+    path: str | Path,
     folder: RunFolder,
     processes: DistInfo,
     midway: bool = True,
 ) -> None:
-    """Take the state from a checkpoint. UsageError if it does not fit, or if the processes would not go on alike.
+    """Load the state from a checkpoint. UsageError if it does not fit, or if the processes would not go on alike.
 
     midway: whether the data can be entered within an epoch; else the epoch begins again.
     """
@@ -70,7 +71,7 @@ def go_on(
     place = {"epoch": state.epoch, "image": state.position}
     check_same({**place, "the classes": state.classes, "the data": state.data}, processes)
     if processes.is_main:
-        folder.stands_at(path, state.epoch, state.position)
+        folder.set_position(path, state.epoch, state.position)
     if not midway and state.position:
         state.position = 0
         state.history.forget_epoch(state.epoch)
@@ -82,6 +83,6 @@ def go_on(
 
 
 def how_to_go_on(folder: Path, program: Path, processes: DistInfo) -> str:
-    """A command that goes on with the run of a folder."""
+    """Return a command that goes on with the run of a folder."""
     command = f"python {os.path.relpath(program)} --recipe {shlex.quote(str(folder / 'options.yaml'))}"
     return f"To go on{', with the same launcher' if processes.distributed else ''}: {command}"

@@ -58,12 +58,12 @@ class RunFolder:
         self._made = True
 
     def newest(self) -> tuple[dict[str, Any], Path] | None:
-        """The newest readable checkpoint and its path; None without one. UsageError if none of them can be read."""
+        """Load the newest readable checkpoint, and say its path; None without one. WeightsError if none is readable."""
         return load_latest(self.path)
 
-    def stands_at(self, path: Path, epoch: int, position: int) -> None:
-        """Take note that the run goes on from the checkpoint at `path`, which is of this place."""
-        self._last = (epoch, position) if path == self.path / LAST else None
+    def set_position(self, path: str | Path, epoch: int, position: int) -> None:
+        """Say which checkpoint the run goes on from: its path, epoch and image."""
+        self._last = (epoch, position) if Path(path) == self.path / LAST else None
 
     def save(self, checkpoint: dict[str, Any]) -> None:
         """Write the newest state. The one at the end of the epoch before stays beside it, as PREVIOUS.

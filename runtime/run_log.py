@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from hashlib import sha1
 from pathlib import Path
 from types import MappingProxyType
@@ -27,8 +28,8 @@ from tqdm import tqdm
 
 from runtime.checkpoint import BEST, LAST, TrainingState
 from runtime.distributed import DistInfo
-from runtime.errors import UsageError
-from runtime.options import RECIPES, to_plain
+from runtime.errors import UsageError, warn
+from runtime.options import RECIPES
 from utils import count_parameters, format_seconds, peak_memory
 
 POINTS_PER_EPOCH = 1000
@@ -39,7 +40,7 @@ SECONDS_BETWEEN_DRAWINGS = 60.0
 
 @contextlib.contextmanager
 def _writing() -> Iterator[None]:
-    """Within the block, a file that cannot be written is the user's to know of, in one line."""
+    """Turn an OSError in the block into a UsageError that names the file."""
     try:
         yield
     except OSError as error:
@@ -48,7 +49,7 @@ def _writing() -> Iterator[None]:
 
 
 def _silence_writing_threads() -> None:
-    """TensorBoard's thread hands its errors over to us, and prints a traceback besides: do without that."""
+    """Keep TensorBoard's thread from printing tracebacks of errors that it raises here, too."""
     hook = threading.excepthook
 
     def quietly(args: threading.ExceptHookArgs) -> None:
@@ -59,7 +60,7 @@ def _silence_writing_threads() -> None:
 
 
 class RunLog:
-    """Writes to `folder` (None: nowhere, on processes that only train along).
+    """The log of a run, in `folder` (None: nowhere, on all processes but the main one).
 
     figures: those of an evaluation that curves.png shows, and what it calls them; title: of that diagram, in percent.
     epochs: one dict per finished epoch, as in log.txt. points: (tag, value, step) of every TensorBoard scalar.
@@ -136,7 +137,7 @@ class RunLog:
 
     @_writing()
     def end_epoch(self, record: dict[str, Any]) -> None:
-        """Take a finished epoch into the records: its number, learning rate, and train_* and test_* values."""
+        """Record a finished epoch: its number, learning rate, and train_* and test_* values."""
         self.epochs.append(record)
         perf = {f"perf/{name}": value for name, value in record.items() if name.startswith("test_")}
         self._add(perf, record["epoch"])
@@ -157,18 +158,16 @@ class RunLog:
             self._show("add_scalar", tag, value, step)
 
     def _show(self, method: str, *values: Any, **options: Any) -> None:
-        """Have TensorBoard's writer do something. If it cannot write, warn, and go on without it."""
+        """Call a method of TensorBoard's writer. If it cannot write, warn, and go on without it."""
         if self._writer is None:
             return
         try:
             getattr(self._writer, method)(*values, **options)
         except OSError as error:
             self._writer = None
-            print(
-                f"warning: TensorBoard's files in {self.tensorboard_folder} cannot be written "
-                f"({error.strerror or error}); training goes on without them. Started again, it writes them anew",
-                file=sys.stderr,
-                flush=True,
+            warn(
+                f"TensorBoard's files in {self.tensorboard_folder} cannot be written ({error.strerror or error}); "
+                "training goes on without them. Started again, it writes them anew"
             )
 
     def _write_text(self) -> None:
@@ -178,7 +177,7 @@ class RunLog:
         os.replace(temporary, path)
 
     def draw_curves(self) -> None:
-        """curves.png: loss, figures and learning rate over the epochs."""
+        """Draw curves.png: loss, figures and learning rate over the epochs."""
         if self.folder is None or not self.epochs:
             return
         from matplotlib.figure import Figure
@@ -207,7 +206,7 @@ class RunLog:
 
 
 class Progress:
-    """A live bar on a terminal; elsewhere a plain line every `every` updates. Says nothing unless `shown`.
+    """Progress on a terminal as a live bar, elsewhere as a line every `every` updates. Silent unless `shown`.
 
     updates: per epoch; images: per update, over all processes.
     """
@@ -261,7 +260,7 @@ class Progress:
 
 
 class _Notices(logging.Handler):
-    """Writes above a live bar, not into it."""
+    """Prints above a live bar, not into it."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
@@ -277,8 +276,8 @@ def show_notices(processes: DistInfo) -> None:
 
 @_writing()
 def write_options(options: Any, folder: Path) -> None:
-    """options.yaml: every option of the run, as a recipe that goes on with it."""
-    values = {**to_plain(options), "output_dir": str(folder)}
+    """Write options.yaml: every option of the run, as a recipe that goes on with it."""
+    values = {**asdict(options), "output_dir": str(folder)}
     (folder / "options.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
 
 

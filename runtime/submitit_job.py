@@ -56,7 +56,7 @@ class Job:
         return DelayedSubmission(self)
 
     def _join(self) -> None:
-        """Say in torchrun's words who this process is and where the others are."""
+        """Set the environment that torchrun would: who this process is and where the others are."""
         import submitit
 
         from runtime.distributed import port_of_job

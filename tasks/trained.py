@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from models.weights import WeightsError, check_outline, options_of, weights_of
+from models.weights import WeightsError, check_outline, load_for_inference, options_of, weights_of
 
 from . import DEFAULT_TASK, Task, find_task
 from .options import Options, options_of_task
@@ -53,9 +53,7 @@ def restore(
     task, weights = find_task(options.task)(options), weights_of(checkpoint, path, use_ema)
     task.recall(checkpoint, weights, path)
     check_outline(task.build_model, weights, path)
-    model = task.build_model()
-    model.load_state_dict(weights)
-    return task, model.eval()
+    return task, load_for_inference(task.build_model(), weights, path)
 
 
 def _saved(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -36,7 +36,7 @@ from support import CLASSES, write_images  # noqa: E402
 
 import main as program  # noqa: E402
 from models.weights import load_checkpoint  # noqa: E402
-from runtime.checkpoint import LAST, TEMPORARY, load_latest, place_of  # noqa: E402
+from runtime.checkpoint import LAST, TEMPORARY, load_latest, position_of  # noqa: E402
 from runtime.errors import exit_on_error  # noqa: E402
 from runtime.samplers import Key  # noqa: E402
 from tasks import loading  # noqa: E402
@@ -205,7 +205,7 @@ def newest(folder: Path) -> tuple[int, int]:
         found = load_latest(folder)
     if said.getvalue():
         raise RuntimeError(f"the newest checkpoint could not be read: {said.getvalue()}")
-    return place_of(found[0])[:2] if found else (0, 0)
+    return position_of(found[0])[:2] if found else (0, 0)
 
 
 def wait_to_kill(kind: Kind, launch: Launch, folder: Path, phase: str, chance: random.Random) -> bool:

@@ -13,9 +13,10 @@ from support import save_as_authors, scrambled
 
 from models.weights import sources
 from models.weights.releases import RELEASES, Places
-from models.weights.sources import DriveFolder, Release
+from models.weights.sources import Release
 
 FOLDER = "1K_Zk5Etx2oh3yVccr71m1R3bTqWAI2bg"
+URL = f"https://drive.google.com/drive/folders/{FOLDER}"
 NANO = "debiformer_nano"
 
 
@@ -45,7 +46,7 @@ def server():
 @pytest.fixture
 def nano_release(monkeypatch):
     """A release of the small model, so that files are small."""
-    monkeypatch.setitem(RELEASES, NANO, Release(NANO, DriveFolder(FOLDER)))
+    monkeypatch.setitem(RELEASES, NANO, Release(NANO, URL))
 
 
 @pytest.fixture(scope="session")

@@ -17,6 +17,8 @@ from torch import nn
 if not torch.cuda.is_available():  # read when Triton is first imported, which timm and torchvision do
     os.environ["TRITON_INTERPRET"] = "1"
 
+from models.weights import load_checkpoint
+from runtime.checkpoint import LAST
 from runtime.distributed import DistInfo
 from runtime.errors import UsageError
 from tasks import find_task, loading
@@ -43,6 +45,12 @@ def command(*argv: object, timeout: float = 300, cwd: Path = ROOT, **environment
         timeout=timeout,
         check=False,
     )
+
+
+def has_trained(folder: Path) -> bool:
+    """Whether the newest checkpoint of a run stands after its first update."""
+    content = load_checkpoint(folder / LAST)
+    return (content["epoch"], content["position"]) > (0, 0)
 
 
 def complaint(function: Callable, *args: object) -> str:

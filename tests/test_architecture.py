@@ -41,7 +41,7 @@ EXCEPTIONS = {"runtime/submitit_job.py": {"main", "tasks"}}
 
 
 # Kernels cannot be cut where they keep registers; a configuration file is one text.
-LONG_FILES = {"slurm/local_cluster.py": 500, "models/weights/sources.py": 380}
+LONG_FILES = {"slurm/local_cluster.py": 500}
 """Lines of files that may be longer."""
 
 
@@ -166,3 +166,31 @@ def test_only_triton_files_import_triton():
     users = {path for path, names in IMPORTS.items() if "triton" in {name.split(".")[0] for name in names}}
     assert users
     assert [str(path) for path in users if not path.name.endswith("_triton.py")] == []
+
+
+WRITTEN_ONCE = {
+    "build_model": "runtime/model.py",
+    "load_checkpoint": "models/weights/reading.py",
+    "load_for_inference": "models/weights/fitting.py",
+    "normalize": "models/pixels.py",
+    "open_rgb": "runtime/images.py",
+}
+"""Functions that everyone shares, and where they are."""
+
+
+@pytest.mark.parametrize("name", WRITTEN_ONCE)
+def test_shared_function_is_written_once(name):
+    trees = {path.as_posix(): ast.parse((ROOT / path).read_text()) for path in FILES}
+    found = [
+        path
+        for path, tree in trees.items()
+        for node in tree.body
+        if isinstance(node, ast.FunctionDef)
+        if node.name == name
+    ]
+    assert found == [WRITTEN_ONCE[name]]
+
+
+@pytest.mark.parametrize("path", ["main.py", "tools/loading.py", "visualize/subject.py"])
+def test_trained_models_are_loaded_by_one_function(path):
+    assert "models.weights.load_for_inference" in IMPORTS[Path(path)]

@@ -120,7 +120,7 @@ def places(folder):
     return [tuple(load_checkpoint(folder / name).values())[:2] for name in (LAST, PREVIOUS) if (folder / name).exists()]
 
 
-def test_previous_is_the_end_of_the_epoch_before(tmp_path):
+def test_save_keeps_the_end_of_the_epoch_before_as_previous(tmp_path):
     folder = RunFolder(tmp_path)
     folder.save(state(1, evaluated=False))
     folder.save(state(1))
@@ -136,7 +136,7 @@ def test_previous_is_the_end_of_the_epoch_before(tmp_path):
     assert places(tmp_path) == [(3, 0), (2, 0)]
 
 
-def test_a_damaged_state_never_replaces_the_one_it_fell_back_to(tmp_path):
+def test_save_never_replaces_the_state_that_a_damaged_one_fell_back_to(tmp_path):
     folder = RunFolder(tmp_path)
     for epoch in (1, 2):
         folder.save(state(epoch))
@@ -144,12 +144,12 @@ def test_a_damaged_state_never_replaces_the_one_it_fell_back_to(tmp_path):
     again = RunFolder(tmp_path)
     content, path = again.newest()
     assert path.name == PREVIOUS
-    again.stands_at(path, content["epoch"], content["position"])
+    again.set_position(path, content["epoch"], content["position"])
     again.save(state(1, 8))
     assert places(tmp_path) == [(1, 8), (1, 0)]
 
 
-def test_what_another_run_left_is_kept_as_previous(tmp_path):
+def test_save_keeps_what_another_run_left_as_previous(tmp_path):
     RunFolder(tmp_path).save(state(7))
     RunFolder(tmp_path).save(state(0, 8))
     assert places(tmp_path) == [(0, 8), (7, 0)]
@@ -167,7 +167,7 @@ def test_save_every_keeps_the_newest_states(tmp_path, keep, expected):
     assert [load_checkpoint(tmp_path / name)["epoch"] for name in kept] == expected
 
 
-def test_fallback_goes_to_the_kept_states_newest_first(tmp_path, capsys):
+def test_newest_falls_back_to_the_kept_states_newest_first(tmp_path, capsys):
     folder = RunFolder(tmp_path, save_every=1)
     for epoch in range(1, 12):
         folder.save(state(epoch))
@@ -179,7 +179,7 @@ def test_fallback_goes_to_the_kept_states_newest_first(tmp_path, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 3
 
 
-def test_a_folder_removed_midway_is_said_so(tmp_path):
+def test_save_says_that_its_folder_was_removed(tmp_path):
     folder = RunFolder(tmp_path / "run")
     folder.make()
     folder.save(state(1))

@@ -84,7 +84,6 @@ def evidence_panels(subject: Subject, view: Image.Image, class_number: int, seco
 
 def _panel(key: str, title: str, caption: str, picture: np.ndarray, density: np.ndarray) -> Panel:
     def draw(figure: figures.FigureBase) -> None:
-        (axes,) = figures.full_bleed(figure)
-        figures.show(axes, figures.heated(picture, density))
+        figures.full_picture(figure, figures.heated(picture, density))
 
     return Panel(key, title, caption, draw)

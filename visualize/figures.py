@@ -69,6 +69,13 @@ def show(axes: Axes, picture: np.ndarray) -> None:
     axes.set_autoscale_on(False)
 
 
+def full_picture(figure: FigureBase, picture: np.ndarray) -> Axes:
+    """The picture alone, as large as the figure."""
+    (axes,) = full_bleed(figure)
+    show(axes, picture)
+    return axes
+
+
 def mark_query(axes: Axes, point: tuple[int, int]) -> None:
     axes.scatter(*point, s=70, facecolors=QUERY, edgecolors="black", linewidths=1.5, zorder=5)
 

@@ -32,7 +32,7 @@ class Insight:
 
 
 class Watcher:
-    """Looks at the same images again and again.
+    """Captures the attention on the same images each time.
 
     images: (N, 3, height, width) uint8, or floats, which are taken for normalised with `pixels`. UsageError if the
     model, called `name`, has nothing to show.
@@ -42,8 +42,8 @@ class Watcher:
         check_readable(model, name)
         self.model, self.images, self.pixels = model, normalize(images, pixels), pixels
 
-    def look(self) -> Insight:
-        """The attention of the model as it is now. Takes one forward pass per image, without effect on the training."""
+    def collect(self) -> Insight:
+        """Capture the attention as it is now: one forward pass per image, without effect on the training."""
         parameter = next(self.model.parameters())
         captures = [capture(self.model, image[None].to(parameter)) for image in self.images]
         found: dict[str, list[float]] = defaultdict(list)

@@ -11,7 +11,7 @@ from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 MOST_WAITING, MOST_WAITING_OF_ONE = 32, 3
-"""PreemptionHandler in the queue: of all visitors, and of each."""
+"""Requests in the queue: of all visitors, and of each."""
 MOST_UPLOADS, MOST_UPLOADS_OF_ONE = 8, 2
 """Uploads under way at once: of all addresses, and of each."""
 LARGEST_UPLOAD = 50 * 2**20

@@ -14,7 +14,7 @@ from runtime.errors import UsageError
 
 from . import session
 from .limits import LARGEST_UPLOAD, MOST_WAITING, UploadLimit, limit_waiting
-from .report import UNTRAINED, UNTRAINED_HINT, Picture, figure_html
+from .report import UNTRAINED, UNTRAINED_HINT, Picture, figure_html, prediction_rows
 from .session import Answer, Choice, Photo
 from .storage import Storage
 from .subject import DEFAULT_MODEL
@@ -248,7 +248,7 @@ def _alarm(heading: str, sentence: str) -> str:
 
 
 def _facts(found: Answer) -> str:
-    rows = "".join(f"<tr><td>{escape(name)}</td><td>{100 * share:.1f} %</td></tr>" for name, share in found.predictions)
+    rows = prediction_rows(found.predictions)
     alarm = "" if found.subject.trained else _alarm(UNTRAINED, UNTRAINED_HINT)
     return f'{alarm}<p>{escape(found.subject.facts)}</p><table class="predictions">{rows}</table>'
 

@@ -96,14 +96,12 @@ def _token_panels(layer: Layer, picture: np.ndarray, query: Query, row: int, col
     point = (query.x, query.y)
 
     def draw_windows(figure: FigureBase) -> None:
-        (axes,) = figures.full_bleed(figure)
-        figures.show(axes, figures.dimmed(picture))
+        axes = figures.full_picture(figure, figures.dimmed(picture))
         figures.draw_ranked_windows(axes, layer, window)
         figures.mark_query(axes, point)
 
     def draw_attention(figure: FigureBase) -> None:
-        (axes,) = figures.full_bleed(figure)
-        figures.show(axes, _heat(layer, picture, weights))
+        axes = figures.full_picture(figure, _heat(layer, picture, weights))
         if routing:
             figures.draw_ranked_windows(axes, layer, window, filled=False)
         figures.mark_query(axes, point)
@@ -141,8 +139,7 @@ def _agent_panels(layer: Layer, picture: np.ndarray, query: Query, row: int, col
     point = (query.x, query.y)
 
     def draw_agents(figure: FigureBase) -> None:
-        (axes,) = figures.full_bleed(figure)
-        figures.show(axes, figures.dimmed(picture))
+        axes = figures.full_picture(figure, figures.dimmed(picture))
         figures.draw_agents(axes, layer, query.head)
 
     def draw_reads(figure: FigureBase) -> None:
@@ -154,8 +151,7 @@ def _agent_panels(layer: Layer, picture: np.ndarray, query: Query, row: int, col
                 axes.scatter(*group.tolist(), s=30, color="white", edgecolors="black", zorder=5)
 
     def draw_composed(figure: FigureBase) -> None:
-        (axes,) = figures.full_bleed(figure)
-        figures.show(axes, _heat(layer, picture, composed))
+        axes = figures.full_picture(figure, _heat(layer, picture, composed))
         figures.mark_query(axes, point)
 
     shares = ", ".join(f"{100 * share:.1f} %" for share in shown.values.tolist())
@@ -190,8 +186,7 @@ def picture_panel(picture: np.ndarray, query: Query) -> Panel:
     """What the model sees, with the query marked."""
 
     def draw(figure: FigureBase) -> None:
-        (axes,) = figures.full_bleed(figure)
-        figures.show(axes, picture)
+        axes = figures.full_picture(figure, picture)
         figures.mark_query(axes, (query.x, query.y))
 
     return Panel("picture", "The picture", f"What the model sees; the query is at {query}.", draw)
@@ -222,8 +217,7 @@ def layer_frames(capture: Capture, picture: np.ndarray, query: Query, side: int 
         heat = _heat(layer, picture, weights)
 
         def draw(figure: FigureBase, heat: np.ndarray = heat, layer: Layer = layer, name: str = name) -> None:
-            (axes,) = figures.full_bleed(figure)
-            figures.show(axes, heat)
+            axes = figures.full_picture(figure, heat)
             figures.mark_query(axes, (query.x, query.y))
             label = f"stage {layer.stage}, block {layer.block}, {layer.name.rsplit('.', 1)[-1]}: {name}"
             axes.text(

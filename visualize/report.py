@@ -53,7 +53,7 @@ def report_html(
 ) -> str:
     """The report. facts: one line on model and weights; predictions: class names and probabilities, best first;
     none of what is no classifier."""
-    rows = "".join(f"<tr><td>{escape(name)}</td><td>{100 * share:.1f} %</td></tr>" for name, share in predictions)
+    rows = prediction_rows(predictions)
     found = f"<h2>Prediction</h2><table>{rows}</table>" if rows else ""
     alarm = "" if trained else f'<p class="alarm"><strong>{UNTRAINED}</strong>{UNTRAINED_HINT}</p>'
     body = "".join(
@@ -67,6 +67,11 @@ def report_html(
         f'<h1>{escape(title)}</h1><p class="facts">{escape(facts)}</p>{alarm}'
         f"{found}{body}</body></html>\n"
     )
+
+
+def prediction_rows(predictions: Sequence[tuple[str, float]]) -> str:
+    """The rows of a table of class names and probabilities."""
+    return "".join(f"<tr><td>{escape(name)}</td><td>{100 * share:.1f} %</td></tr>" for name, share in predictions)
 
 
 def figure_html(picture: Picture) -> str:

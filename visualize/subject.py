@@ -13,15 +13,16 @@ from torch import Tensor, nn
 from torchvision.transforms.functional import resize
 
 import models
-from models.arguments import check_arguments
 from models.labels import in_words, labels_of
 from models.pixels import Pixels, pixels_of
-from models.weights import check_outline, count_classes, load_checkpoint, load_weights, options_of, weights_of
+from models.weights import check_outline, count_classes, load_checkpoint, load_for_inference, options_of, weights_of
 from models.weights.releases import find_release
 from runtime.errors import UsageError, did_you_mean
+from runtime.model import build_model
 from tasks import Prediction, Task, find_task
 from tasks.classification.task import Classification
-from tasks.classification.transforms import eval_crop
+from tasks.classification.transforms import pixels_for
+from tasks.options import Options
 from tasks.segmentation.transforms import fitted
 from tasks.trained import restore, task_name, trained_options
 
@@ -156,37 +157,26 @@ def load_subject(name: str | None = None, checkpoint: str | Path | None = None, 
     input_size = args.get("input_size", cfg.input_size[-1])
     if not 1 <= input_size <= MAX_INPUT_SIZE:
         raise UsageError(f"{checkpoint} is for images of {input_size} pixels; at most {MAX_INPUT_SIZE} are shown")
+    options = Options(**{**args, "model": name, "input_size": input_size, "drop_path": 0.0})
     num_classes = count_classes(weights, name, checkpoint) if checkpoint else cfg.num_classes
 
     def build() -> nn.Module:
-        return _build(name, num_classes, input_size, args.get("model_kwargs", {}))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            return build_model(options, num_classes)
 
     if checkpoint:
         check_outline(build, weights, checkpoint)
-    model = build()
+    model = build().eval()
     check_readable(model, name)
     if checkpoint:
-        load_weights(model, weights, checkpoint)
+        load_for_inference(model, weights, checkpoint)
     return Subject(
         name,
-        model.eval(),
+        model,
         in_words(labels_of(content, num_classes)),
         origin=str(checkpoint) if checkpoint else "untrained weights",
         trained=bool(checkpoint),
         input_size=input_size,
-        pixels=pixels_of(
-            name,
-            crop_pct=eval_crop(args.get("data_set", ""), input_size, args.get("crop_pct")),
-            **{key: args.get(key) for key in ("mean", "std", "interpolation")},
-        ),
+        pixels=pixels_for(options),
     )
-
-
-def _build(name: str, num_classes: int, input_size: int, model_kwargs: dict[str, Any]) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        try:
-            check_arguments(name, model_kwargs)
-            return timm.create_model(name, num_classes=num_classes, img_size=input_size, **model_kwargs)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise UsageError(f"--model {name}: {error}") from error

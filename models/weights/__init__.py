@@ -1,7 +1,7 @@
 """Weights from files: read safely (`reading`), brought into a model (`fitting`), found where they are (`releases`)."""
 
 from .errors import WeightsError, WeightsMismatch
-from .fitting import check_fit, check_outline, checkpoint_filter_fn, load_to_finetune, load_weights
+from .fitting import check_fit, check_outline, checkpoint_filter_fn, load_for_inference, load_to_finetune, load_weights
 from .reading import AUXILIARY, count_classes, load_checkpoint, options_of, weights_of
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "checkpoint_filter_fn",
     "count_classes",
     "load_checkpoint",
+    "load_for_inference",
     "load_to_finetune",
     "load_weights",
     "options_of",

@@ -2,9 +2,9 @@
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -40,7 +40,7 @@ def checkpoint_filter_fn(state_dict: dict[str, Any], model: nn.Module) -> dict[s
 
 
 def _is_table(value: Any, wanted: Tensor) -> bool:
-    """Whether a value is a position table of the same heads as another, for other images."""
+    """Whether a value is a position table of as many heads as `wanted`, for another image size."""
     return (
         _is_computable(value)
         and value.is_floating_point()
@@ -92,6 +92,14 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], path: str | Pa
     model.load_state_dict(weights)
 
 
+def load_for_inference(
+    model: nn.Module, weights: dict[str, Tensor], path: str | Path, resample: bool = False
+) -> nn.Module:
+    """Load strictly, and set the model to evaluation mode. resample: fit position tables to its image size first."""
+    load_weights(model, checkpoint_filter_fn(weights, model) if resample else weights, path)
+    return model.eval()
+
+
 def check_fit(model: nn.Module, weights: Mapping[str, Tensor], path: str | Path) -> None:
     """Compare weights with the model, which may be on the meta device.
 
@@ -99,19 +107,19 @@ def check_fit(model: nn.Module, weights: Mapping[str, Tensor], path: str | Path)
     """
     wanted = model.state_dict()
     name = (getattr(model, "default_cfg", None) or {}).get("architecture") or type(model).__name__
-    for compare in (_names, _widths, _depths, _classes, _image_size, _shapes):
-        difference = compare(weights, wanted, name)
-        if difference:
-            both = weights.keys() & wanted.keys()
-            shapes = {key: (tuple(weights[key].shape), tuple(wanted[key].shape)) for key in both}
-            raise WeightsMismatch(
-                f"{path}: {difference.problem}",
-                missing=wanted.keys() - both,
-                unexpected=weights.keys() - both,
-                shapes={key: pair for key, pair in shapes.items() if pair[0] != pair[1]},
-                arguments=difference.arguments,
-                finetuning=difference.finetuning,
-            )
+    difference = next(_differences(weights, wanted, name), None)
+    if difference is not None:
+        problem, arguments, finetuning = difference
+        both = weights.keys() & wanted.keys()
+        shapes = {key: (tuple(weights[key].shape), tuple(wanted[key].shape)) for key in both}
+        raise WeightsMismatch(
+            f"{path}: {problem}",
+            missing=wanted.keys() - both,
+            unexpected=weights.keys() - both,
+            shapes={key: pair for key, pair in shapes.items() if pair[0] != pair[1]},
+            arguments=arguments,
+            finetuning=finetuning,
+        )
     # In the model's precision, where a large double may be infinite.
     broken = [key for key, value in weights.items() if not value.to(wanted[key].dtype).isfinite().all()]
     if broken:
@@ -119,41 +127,64 @@ def check_fit(model: nn.Module, weights: Mapping[str, Tensor], path: str | Path)
 
 
 def check_outline(build: Callable[[], nn.Module], weights: Mapping[str, Tensor], path: str | Path) -> None:
-    """`check_fit` before a model takes any memory, so that it will not take more than its weights do."""
+    """Run `check_fit` on a model on the meta device, so that no model is built that is larger than its weights."""
     with torch.device("meta"):
         model = build()
     check_fit(model, weights, path)
 
 
-class _Difference(NamedTuple):
-    """See `WeightsMismatch`."""
+def _differences(
+    found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: str
+) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yield what differs as `WeightsMismatch` takes it: problem, arguments, finetuning.
 
-    problem: str
-    arguments: dict[str, Any] | None = None
-    finetuning: str = ""
-
-
-def _names(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: str) -> _Difference | None:
-    """Names of one side alone, apart from whole blocks by which the depths differ."""
+    Each difference is sought in weights without those before it: only the first may be asked for.
+    """
     theirs, ours = _blocks_per_stage(found), _blocks_per_stage(wanted)
-
-    def beyond(name: str) -> bool:
-        block = BLOCK.match(name)
-        return block and theirs.keys() == ours.keys() and int(block[2]) >= min(d[int(block[1])] for d in (theirs, ours))
-
     problems = []
     for verb, one_sided in {"lacks": wanted.keys() - found.keys(), "has": found.keys() - wanted.keys()}.items():
-        names = [name for name in one_sided if not beyond(name)]
+        names = [name for name in one_sided if not _of_extra_block(name, theirs, ours)]
         if names:
             problems.append(f"{verb} {listed(names)} ({listed({_place(name) for name in names})})")
-    if not problems:
-        return None
-    return _Difference(f"checkpoint is of another model than {model}: it {' and '.join(problems)}")
+    if problems:
+        yield f"checkpoint is of another model than {model}: it {' and '.join(problems)}", {}, ""
 
+    widths = [
+        [len(value) for key, value in sorted(weights.items()) if FIRST_NORM.fullmatch(key) and value.ndim]
+        for weights in (found, wanted)
+    ]
+    if widths[0] != widths[1] and len(widths[0]) == len(widths[1]):
+        problem = f"checkpoint has widths {_joined(widths[0])}, {model} has {_joined(widths[1])}"
+        yield f"{problem}: choose the model of these widths", {}, ""
 
-def _place(name: str) -> str:
-    block = BLOCK.match(name)
-    return f"stage {int(block[1]) + 1} block {int(block[2]) + 1}" if block else printable(name.split(".")[0])
+    changed = [stage for stage in ours if theirs[stage] != ours[stage]]
+    if changed:
+        depths = [_joined(counts.values()) for counts in (theirs, ours)]
+        problem = f"checkpoint has {depths[0]} blocks in its stages, {model} has {depths[1]}"
+        if len(changed) == 1:
+            stage, count = changed[0], theirs[changed[0]]
+            blocks = f"{count} block{'s' if count > 1 else ''} in stage {stage + 1}"
+            problem = f"checkpoint has {blocks}, {model} has {ours[stage]}"
+        yield problem, {"depths": tuple(theirs.values())}, ""
+
+    bias = "head.bias"
+    if bias in wanted and found[bias].ndim == 1 and len(found[bias]) != len(wanted[bias]):
+        problem = f"checkpoint has {len(found[bias])} classes, {model} has {len(wanted[bias])}"
+        yield problem, {"num_classes": len(found[bias])}, "begins with a new classifier"
+
+    for name, value in wanted.items():
+        block = BLOCK.match(name)
+        if block and name.endswith("rpe_table") and found[name].ndim == 3 and found[name].shape[1:] != value.shape[1:]:
+            stride = 4 * 2 ** int(block[1])  # a table of 2Q - 1 entries serves Q tokens a side
+            (h, w), size = ([(side + 1) // 2 * stride for side in table.shape[1:]] for table in (found[name], value))
+            problem = f"checkpoint is for images of {h} x {w}, {model} was built for {size[0]} x {size[1]}"
+            yield problem, {"img_size": (h, w)}, "resamples its position tables"
+
+    for name, value in wanted.items():
+        other, dense = found[name], found[name].layout == torch.strided and found[name].dtype in NUMBERS
+        if other.shape != value.shape or other.is_floating_point() != value.is_floating_point() or not dense:
+            problem = f"checkpoint has {name} {list(other.shape)} of {other.dtype}, {model} has {list(value.shape)}"
+            yield f"{problem} of {value.dtype}", {}, ""
 
 
 def _blocks_per_stage(names: Iterable[str]) -> dict[int, int]:
@@ -161,62 +192,18 @@ def _blocks_per_stage(names: Iterable[str]) -> dict[int, int]:
     return dict(sorted(Counter(stage for stage, _ in blocks).items()))
 
 
-def _depths(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: str) -> _Difference | None:
-    theirs, ours = _blocks_per_stage(found), _blocks_per_stage(wanted)
-    changed = [stage for stage in ours if theirs[stage] != ours[stage]]
-    if not changed:
-        return None
-    problem = f"checkpoint has {_joined(theirs.values())} blocks in its stages, {model} has {_joined(ours.values())}"
-    if len(changed) == 1:
-        stage, count = changed[0], theirs[changed[0]]
-        blocks = f"{count} block{'s' if count > 1 else ''} in stage {stage + 1}"
-        problem = f"checkpoint has {blocks}, {model} has {ours[stage]}"
-    return _Difference(problem, {"depths": tuple(theirs.values())})
+def _of_extra_block(name: str, theirs: dict[int, int], ours: dict[int, int]) -> bool:
+    """Whether a name belongs to a block that only one of the two models has."""
+    block = BLOCK.match(name)
+    if not block or theirs.keys() != ours.keys():
+        return False
+    return int(block[2]) >= min(theirs[int(block[1])], ours[int(block[1])])
+
+
+def _place(name: str) -> str:
+    block = BLOCK.match(name)
+    return f"stage {int(block[1]) + 1} block {int(block[2]) + 1}" if block else printable(name.split(".")[0])
 
 
 def _joined(numbers: Iterable[int]) -> str:
     return ",".join(map(str, numbers))
-
-
-def _widths(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: str) -> _Difference | None:
-    theirs, ours = (
-        [len(value) for key, value in sorted(weights.items()) if FIRST_NORM.fullmatch(key) and value.ndim]
-        for weights in (found, wanted)
-    )
-    if theirs == ours or len(theirs) != len(ours):
-        return None
-    widths = f"checkpoint has widths {_joined(theirs)}, {model} has {_joined(ours)}"
-    return _Difference(f"{widths}: choose the model of these widths")
-
-
-def _classes(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: str) -> _Difference | None:
-    name = "head.bias"
-    if name not in wanted or found[name].ndim != 1 or len(found[name]) == len(wanted[name]):
-        return None
-    theirs, ours = len(found[name]), len(wanted[name])
-    problem = f"checkpoint has {theirs} classes, {model} has {ours}"
-    return _Difference(problem, {"num_classes": theirs}, "begins with a new classifier")
-
-
-def _image_size(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: str) -> _Difference | None:
-    for name, value in wanted.items():
-        block = BLOCK.match(name)
-        if block and name.endswith("rpe_table") and found[name].ndim == 3 and found[name].shape[1:] != value.shape[1:]:
-            stride = 4 * 2 ** int(block[1])  # a table of 2Q - 1 entries serves Q tokens a side
-            theirs, ours = ([(side + 1) // 2 * stride for side in table.shape[1:]] for table in (found[name], value))
-            sizes = (
-                f"checkpoint is for images of {theirs[0]} x {theirs[1]}, {model} was built for {ours[0]} x {ours[1]}"
-            )
-            return _Difference(sizes, {"img_size": tuple(theirs)}, "resamples its position tables")
-    return None
-
-
-def _shapes(found: Mapping[str, Tensor], wanted: Mapping[str, Tensor], model: str) -> _Difference | None:
-    for name, value in wanted.items():
-        theirs = found[name]
-        same_kind = theirs.is_floating_point() == value.is_floating_point() and theirs.dtype in NUMBERS
-        same_kind = same_kind and theirs.layout == torch.strided
-        if theirs.shape != value.shape or not same_kind:
-            ours = f"{list(value.shape)} of {value.dtype}"
-            return _Difference(f"checkpoint has {name} {list(theirs.shape)} of {theirs.dtype}, {model} has {ours}")
-    return None

@@ -6,7 +6,6 @@ stack or fill the memory. Here the opcodes of a pickle are followed without maki
 
 import pickletools
 from argparse import Namespace
-from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 from pathlib import PurePosixPath, PureWindowsPath
@@ -48,7 +47,7 @@ OTHERS |= {f"{module}.{name}" for module in ("pathlib", "pathlib._local") for na
 
 @dataclass(slots=True, eq=False)
 class Item:
-    """What is known of a value on the unpickler's stack.
+    """What is known of a value on the unpickler's stack, without making it.
 
     value: of a string or integer; a storage's length; the name of a global, and of the one that made an object; a
     dict's key if it has but one. parts: of a tuple. size: items in a tuple and the tuples within. depth: of containers
@@ -77,6 +76,8 @@ PLAIN = Item("plain")
 
 
 class _Walk:
+    """The unpickler's stack, with an `Item` in place of each value."""
+
     def __init__(self, file_size: int) -> None:
         self.file_size = file_size
         self.stack: list[Item] = []
@@ -98,22 +99,53 @@ class _Walk:
             elif isinstance(argument, str):
                 strings = [strings[1], argument]
             # Pickles that torch does not write are only searched for code to name.
-            unknown = unknown or ("" if name in HANDLERS else name)
-            if not unknown:
-                HANDLERS[name](self, argument)
+            if not unknown and not self.follow(name, argument):
+                unknown = name
         if unknown:
             raise WeightsError(f"is not a checkpoint as torch.save writes it (its pickle uses {unknown})")
         return self.stack[-1].value
 
-    def pop_to_mark(self) -> list[Item]:
-        mark = self.marks.pop()
-        items = self.stack[mark:]
-        del self.stack[mark:]
-        return items
+    def follow(self, opcode: str, argument: Any) -> bool:
+        """Apply an opcode to the stack. Returns whether torch's pickles use it; torch.load knows no others."""
+        match opcode:
+            case "BINPUT" | "LONG_BINPUT":
+                self.memo[argument] = self.stack[-1]
+            case "BINGET" | "LONG_BINGET":
+                self.stack.append(self.memo[argument])
+            case "BININT" | "BININT1" | "BININT2" | "LONG1" | "BINUNICODE" | "SHORT_BINSTRING":
+                self.stack.append(Item("plain", argument))
+            case "NONE" | "NEWTRUE" | "NEWFALSE" | "BINFLOAT":
+                self.stack.append(PLAIN)
+            case "GLOBAL":
+                self.stack.append(Item("global", argument.replace(" ", ".")))
+            case "EMPTY_LIST" | "EMPTY_DICT" | "EMPTY_SET":
+                self.stack.append(Item(opcode.removeprefix("EMPTY_").lower()))
+            case "MARK":
+                self.marks.append(len(self.stack))
+            case "TUPLE":
+                self.push_tuple(self.pop_to_mark())
+            case "EMPTY_TUPLE" | "TUPLE1" | "TUPLE2" | "TUPLE3":
+                self.push_tuple(self.pop(int(opcode[-1]) if opcode[-1].isdigit() else 0))
+            case "APPEND" | "APPENDS":
+                items = self.pop(1) if opcode == "APPEND" else self.pop_to_mark()
+                self.hold(self.stack[-1], items)
+            case "SETITEM" | "SETITEMS":
+                self.set_items(self.pop(2) if opcode == "SETITEM" else self.pop_to_mark())
+            case "BINPERSID":
+                self.push_storage(self.stack.pop().parts)
+            case "REDUCE" | "NEWOBJ":
+                self.call(*self.pop(2))
+            case "BUILD":
+                self.set_state(*self.pop(2))
+            case _:
+                return opcode in ("PROTO", "STOP")
+        return True
 
     def pop(self, count: int) -> list[Item]:
-        items = [self.stack.pop() for _ in range(count)]
-        return items[::-1]
+        return [self.stack.pop() for _ in range(count)][::-1]
+
+    def pop_to_mark(self) -> list[Item]:
+        return self.pop(len(self.stack) - self.marks.pop())
 
     def push_tuple(self, items: list[Item]) -> None:
         whole = Item("tuple", parts=tuple(items), size=1 + sum(item.size for item in items))
@@ -123,7 +155,7 @@ class _Walk:
         self.stack.append(whole)
 
     def hold(self, whole: Item, items: list[Item]) -> None:
-        """Put items into a container. One that is itself held already takes no more, so that depths stay true."""
+        """Put items into a container. WeightsError if that is in another one already: its depth would be wrong."""
         for item in items:
             item.held = True
             whole.depth = max(whole.depth, item.depth + 1)
@@ -131,9 +163,6 @@ class _Walk:
             raise WeightsError("holds values within themselves; it was not loaded")
         if whole.depth > MAX_DEPTH:
             raise WeightsError(f"holds values nested over {MAX_DEPTH} deep; it was not loaded")
-
-    def append(self, items: list[Item]) -> None:
-        self.hold(self.stack[-1], items)
 
     def set_items(self, items: list[Item]) -> None:
         whole = self.stack[-1]
@@ -144,8 +173,7 @@ class _Walk:
                 whole.value = key.value if whole.value in (None, key.value) else "several"
         self.hold(whole, items)
 
-    def storage(self, _: Any) -> None:
-        parts = self.stack.pop().parts
+    def push_storage(self, parts: tuple[Item, ...]) -> None:
         key, length = parts[2].value, parts[4].value
         if key not in self.storages:
             self.storages[key] = length
@@ -154,8 +182,7 @@ class _Walk:
             raise WeightsError(f"of {self.file_size:,} bytes claims to hold more; it was not loaded")
         self.stack.append(Item("storage", self.storages[key]))
 
-    def call(self, _: Any) -> None:
-        function, arguments = self.pop(2)
+    def call(self, function: Item, arguments: Item) -> None:
         if function.kind != "global" or arguments.kind != "tuple":
             raise WeightsError("is not a checkpoint as torch.save writes it")
         if function.value in TENSORS:
@@ -164,8 +191,7 @@ class _Walk:
             raise WeightsError(f"holds a {function.value} of containers; it was not loaded")
         self.stack.append(Item("object", function.value, size=arguments.size, depth=arguments.depth + 1))
 
-    def set_state(self, _: Any) -> None:
-        target, state = self.pop(2)
+    def set_state(self, target: Item, state: Item) -> None:
         namespace = target.kind == "object" and target.value == "argparse.Namespace"
         # nn.Module.state_dict leaves an attribute on its result.
         metadata = target.value == "collections.OrderedDict" and state.value in (None, "_metadata")
@@ -198,43 +224,3 @@ def check_tensor(storage: Item, offset: Item, size: Item, stride: Item) -> None:
     elements = prod(sizes)
     if min(numbers) < 0 or elements > storage.value or (elements and last >= storage.value):
         raise WeightsError(f"claims a tensor of shape {printable(sizes)} in {storage.value:,} numbers")
-
-
-def _value(walk: _Walk, argument: Any) -> None:
-    walk.stack.append(Item("plain", argument))
-
-
-def _container(kind: str) -> Callable[[_Walk, Any], None]:
-    return lambda walk, _: walk.stack.append(Item(kind))
-
-
-def _put(walk: _Walk, number: int) -> None:
-    walk.memo[number] = walk.stack[-1]
-
-
-HANDLERS: dict[str, Callable[[_Walk, Any], Any]] = {
-    **dict.fromkeys(("NONE", "NEWTRUE", "NEWFALSE", "BINFLOAT"), lambda walk, _: walk.stack.append(PLAIN)),
-    **dict.fromkeys(("BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINSTRING"), _value),
-    **dict.fromkeys(("PROTO", "STOP"), lambda walk, _: None),
-    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), _put),
-    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda walk, number: walk.stack.append(walk.memo[number])),
-    "GLOBAL": lambda walk, name: walk.stack.append(Item("global", name.replace(" ", "."))),
-    "EMPTY_LIST": _container("list"),
-    "EMPTY_DICT": _container("dict"),
-    "EMPTY_SET": _container("set"),
-    "EMPTY_TUPLE": lambda walk, _: walk.push_tuple([]),
-    "TUPLE": lambda walk, _: walk.push_tuple(walk.pop_to_mark()),
-    "TUPLE1": lambda walk, _: walk.push_tuple(walk.pop(1)),
-    "TUPLE2": lambda walk, _: walk.push_tuple(walk.pop(2)),
-    "TUPLE3": lambda walk, _: walk.push_tuple(walk.pop(3)),
-    "MARK": lambda walk, _: walk.marks.append(len(walk.stack)),
-    "APPEND": lambda walk, _: walk.append(walk.pop(1)),
-    "APPENDS": lambda walk, _: walk.append(walk.pop_to_mark()),
-    "SETITEM": lambda walk, _: walk.set_items(walk.pop(2)),
-    "SETITEMS": lambda walk, _: walk.set_items(walk.pop_to_mark()),
-    "BINPERSID": _Walk.storage,
-    "REDUCE": _Walk.call,
-    "NEWOBJ": _Walk.call,
-    "BUILD": _Walk.set_state,
-}
-"""What the opcodes of torch's pickles do; torch.load knows no others."""

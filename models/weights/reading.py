@@ -83,7 +83,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _check_file(path: Path) -> int:
-    """The size of a file in bytes. WeightsError if it is something else; pipes and devices are not opened."""
+    """Return a file's size in bytes. WeightsError if it is something else; pipes and devices are not opened."""
     try:
         found = os.stat(path)
     except PermissionError:
@@ -119,7 +119,7 @@ def _read(path: Path, size: int) -> Any:
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
-    """The weights, with the options and class names that tools/export.py writes into the metadata if they are there."""
+    """Read the weights, and the options and class names that tools/export.py writes into the metadata."""
     weights = safetensors.torch.load_file(path)
     with safetensors.safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
@@ -131,7 +131,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def _check_archive(file: io.BufferedReader, size: int) -> None:
-    """Check the pickles of an archive, and what torch would not notice is damaged."""
+    """Check the pickles of an archive, and for damage that torch would not notice."""
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
         claimed = sum(entry.file_size for entry in entries)
@@ -167,7 +167,7 @@ AUXILIARY = "auxiliary."
 def weights_of(
     checkpoint: Mapping[str, Any], path: str | Path, ema: bool = False, auxiliary: bool = False
 ) -> dict[str, Tensor]:
-    """The model's (or the averaged) state dict in a checkpoint of ours, of DeiT's kind, or a bare state dict.
+    """Return the model's (or the averaged) state dict in a checkpoint of ours, of DeiT's kind, or a bare state dict.
 
     The prefixes that DistributedDataParallel and torch.compile put in front of names are removed.
     auxiliary: keep what only training needs.
@@ -197,7 +197,7 @@ def is_plain(value: Any) -> bool:
 
 
 def options_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The MODEL_OPTIONS that a checkpoint was trained with, without any that has another type.
+    """Return the MODEL_OPTIONS that a checkpoint was trained with, without any of another type.
 
     Authors save them as a Namespace, this project as a dictionary, some not at all.
     WeightsError for a value that no training could have had.
@@ -216,7 +216,7 @@ def options_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def count_classes(weights: Mapping[str, Tensor], model: str, path: str | Path) -> int:
-    """How many classes the classifier in a state dict has. WeightsError if it holds none of the model's name."""
+    """Count the classes of the classifier in a state dict. WeightsError if it holds none of the model's name."""
     cfg = get_pretrained_cfg(model, allow_unregistered=True)
     classifier = cfg.classifier if cfg and isinstance(cfg.classifier, str) else "head"
     weight = weights.get(f"{classifier}.weight")

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset, IterableDataset
 from torchvision import datasets as vision
 from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 
-from models.weights.sources import cache_folder
+from models.weights.cache import cache_folder
 from runtime.errors import UsageError, listed
 from runtime.packed import PackedPaths
 from runtime.tar import TarFiles

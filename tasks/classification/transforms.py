@@ -11,7 +11,7 @@ from runtime.errors import UsageError
 
 
 def train_transform(options: Any) -> transforms.Compose:
-    """Random crop, flip and RandAugment: PIL image -> (3, S, S) uint8. The device does the rest, see engine.py.
+    """Random crop, flip and RandAugment: PIL image -> (3, S, S) uint8. `Classification.preprocess` does the rest.
 
     UsageError if timm does not know the policy of --aa.
     """
@@ -49,14 +49,9 @@ def eval_transform(options: Any) -> transforms.Compose:
 
 def pixels_for(options: Any) -> Pixels:
     """What images are normalised with, and how evaluation resizes and crops them: as the model wants unless given."""
-    crop_pct = eval_crop(options.data_set, options.input_size, options.crop_pct)
+    crop_pct = options.crop_pct or (1.0 if _at_cifar_size(options.data_set, options.input_size) else None)
     given = {"mean": options.mean, "std": options.std, "interpolation": options.interpolation}
     return pixels_of(options.model, crop_pct=crop_pct, **given)
-
-
-def eval_crop(data_set: str, input_size: int, crop_pct: float | None) -> float | None:
-    """The part of the resized side that evaluation crops, where --crop_pct is `crop_pct`; None: as the model wants."""
-    return crop_pct or (1.0 if _at_cifar_size(data_set, input_size) else None)
 
 
 def _at_cifar_size(data_set: str, input_size: int) -> bool:

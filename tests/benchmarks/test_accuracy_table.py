@@ -10,7 +10,7 @@ from support import ROOT, complaint, save_as_authors
 import main
 from benchmarks import accuracy_table, markdown
 from models.weights.releases import RELEASES
-from models.weights.sources import DriveFolder, Release
+from models.weights.sources import Release
 
 pytestmark = pytest.mark.usefixtures("offline")
 RUN = ["--device", "cpu", "--num_workers", "0"]
@@ -26,12 +26,12 @@ def cells(text):
 def releases(tmp_path, published):
     """Three releases: one with weights, one without, one of a model that is not built here."""
     top1 = {NANO: 77.7, "debiformer_tiny": 81.9, "debiformer_femto": None}
-    here = {name: Release(name, DriveFolder("1"), percent) for name, percent in top1.items()}
+    here = {name: Release(name, "https://drive.google.com/drive/folders/1", percent) for name, percent in top1.items()}
     with mock.patch.dict(RELEASES, here, clear=True):
         yield save_as_authors(tmp_path / "weights" / f"{NANO}.pth", published[0])
 
 
-def test_what_is_here_is_measured_and_what_is_missing_is_named(releases, small_options, shared_images, capsys):
+def test_accuracy_table_measures_what_is_here_and_names_what_is_missing(releases, small_options, shared_images, capsys):
     argv = [*RUN, "--data_path", str(shared_images), "--release_dir", str(releases.parent)]
     rows = cells(accuracy_table.accuracy_table(argv))
     options = small_options("--eval", "--resume", str(releases), "--input_size", "64", "--crop_pct", "1.0")
@@ -52,21 +52,21 @@ def test_what_is_here_is_measured_and_what_is_missing_is_named(releases, small_o
 
 
 @pytest.mark.parametrize("data", [[], ["--data_path", "/nowhere"]])
-def test_without_data_nothing_is_measured_or_downloaded(releases, data, monkeypatch):
+def test_accuracy_table_without_data_measures_and_downloads_nothing(releases, data, monkeypatch):
     monkeypatch.setattr(accuracy_table, "find_release", None)
     rows = cells(accuracy_table.accuracy_table([*RUN, *data, "--release_dir", str(releases.parent)]))
     assert rows[NANO]["measured top-1 (%)"] == "not measured: no data"
     assert rows["debiformer_tiny"]["measured top-1 (%)"] == "not measured: no weights and no data"
 
 
-def test_other_data_is_not_passed_off_as_a_measurement(releases, capsys):
+def test_accuracy_table_takes_no_other_data_for_a_measurement(releases, capsys):
     argv = [*RUN, "--data_set", "DIGITS", "--release_dir", str(releases.parent)]
     rows = cells(accuracy_table.accuracy_table(argv))
     assert rows[NANO]["measured top-1 (%)"] == "not measured: the evaluation was refused"
     assert "checkpoint has 4 classes, debiformer_nano has 10" in capsys.readouterr().err
 
 
-def test_the_table_is_written_between_its_marks(releases, tmp_path):
+def test_accuracy_table_is_written_between_its_marks(releases, tmp_path):
     file = tmp_path / "results.md"
     file.write_text(f"# Results\n{accuracy_table.BEGIN}\nold\n{accuracy_table.END}\nend\n")
     accuracy_table.main(["--write", str(file)])
@@ -76,7 +76,7 @@ def test_the_table_is_written_between_its_marks(releases, tmp_path):
     assert cells("\n".join(lines[2:-2])).keys() == RELEASES.keys()
 
 
-def test_a_file_without_the_marks_is_left_alone(tmp_path):
+def test_accuracy_table_leaves_a_file_without_marks_alone(tmp_path):
     file = tmp_path / "other.md"
     file.write_text("# Other\n")
     assert "no place for this table" in complaint(markdown.replace_between, file, "<!-- a -->", "<!-- b -->", "text")
@@ -86,7 +86,7 @@ def test_a_file_without_the_marks_is_left_alone(tmp_path):
     assert file.read_text() == "# Other\n"
 
 
-def test_the_readme_has_a_row_for_every_release():
+def test_accuracy_table_of_the_readme_has_a_row_for_every_release():
     content = (ROOT / "README.md").read_text()
     rows = cells(content.partition(accuracy_table.BEGIN)[2].partition(accuracy_table.END)[0].strip())
     assert rows.keys() == RELEASES.keys()

@@ -8,12 +8,12 @@ import torch
 
 from benchmarks.markdown import replace_between, table
 from benchmarks.measure import (
-    PeakMemory,
     copy_bandwidth,
     describe_machine,
     interleaved_seconds,
     machine_line,
     matrix_rate,
+    peak_bytes,
     read_result,
     write_result,
 )
@@ -22,7 +22,7 @@ from runtime.errors import UsageError
 CPU = torch.device("cpu")
 
 
-def test_tasks_take_turns():
+def test_interleaved_seconds_has_tasks_take_turns():
     called = []
     tasks = {name: lambda name=name: called.append(name) for name in "ab"}
     seconds = interleaved_seconds(tasks, repeats=3, device=CPU, warmup=2)
@@ -30,7 +30,7 @@ def test_tasks_take_turns():
     assert {name: len(values) for name, values in seconds.items()} == {"a": 3, "b": 3}
 
 
-def test_seconds_are_those_of_one_call():
+def test_interleaved_seconds_are_those_of_one_call():
     """Also where several are made before the clock is read."""
     called = []
 
@@ -43,14 +43,14 @@ def test_seconds_are_those_of_one_call():
     assert 0.002 <= seconds < 0.02 * len(called)
 
 
-def test_rates_are_those_of_what_was_done(monkeypatch):
+def test_matrix_rate_and_copy_bandwidth_count_what_was_done(monkeypatch):
     """A second per call: the rates are the counts."""
     monkeypatch.setattr("benchmarks.measure._seconds", lambda task, calls, device: 1.0)
     assert copy_bandwidth(CPU, repeats=1, size=4096) == 2 * 4096
     assert matrix_rate(CPU, torch.float32, repeats=1, side=32) == 2 * 32**3
 
 
-def test_both_libraries_compute_the_product(monkeypatch):
+def test_matrix_rate_computes_the_product_in_both_libraries(monkeypatch):
     found = []
     monkeypatch.setattr(
         "benchmarks.measure.interleaved_seconds",
@@ -61,18 +61,17 @@ def test_both_libraries_compute_the_product(monkeypatch):
     assert conv.numel() == matmul.numel()
 
 
-def test_peak_memory_counts_what_is_freed_again():
-    with PeakMemory(CPU) as peak:
-        torch.ones(64 * 2**20, dtype=torch.uint8)
-    assert 64 * 2**20 <= peak.bytes + 2**20 < 128 * 2**20
+def test_peak_bytes_counts_what_is_freed_again():
+    peak = peak_bytes(lambda: torch.ones(64 * 2**20, dtype=torch.uint8), CPU)
+    assert 64 * 2**20 <= peak + 2**20 < 128 * 2**20
 
 
-def test_a_table_has_its_columns_aligned():
+def test_table_aligns_its_columns():
     shown = table(("name", "ms"), [("a", "1"), ("b", "2")])
     assert shown == "| name | ms |\n| --- | ---: |\n| a | 1 |\n| b | 2 |"
 
 
-def test_what_stands_between_marks_is_replaced(tmp_path):
+def test_replace_between_replaces_what_stands_between_marks(tmp_path):
     path = tmp_path / "page.md"
     path.write_text("before\n<!-- a -->\nold\n<!-- b -->\nafter\n")
     replace_between(path, "<!-- a -->", "<!-- b -->", "new")
@@ -80,7 +79,7 @@ def test_what_stands_between_marks_is_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "<!-- a -->", "<!-- b -->", "<!-- b --><!-- a -->"])
-def test_a_file_without_the_marks_is_left_alone(tmp_path, text):
+def test_replace_between_leaves_a_file_without_marks_alone(tmp_path, text):
     path = tmp_path / "page.md"
     path.write_text(text)
     with pytest.raises(UsageError, match="no place for this table"):
@@ -88,7 +87,7 @@ def test_a_file_without_the_marks_is_left_alone(tmp_path, text):
     assert path.read_text() == text
 
 
-def test_results_are_read_as_they_were_written(tmp_path):
+def test_read_result_reads_what_write_result_wrote(tmp_path):
     result = {"machine": describe_machine(CPU), "rows": [1.5]}
     write_result("speed", result, "# Page", tmp_path / "results")
     assert read_result("speed", "cpu", tmp_path / "results") == result
@@ -96,7 +95,7 @@ def test_results_are_read_as_they_were_written(tmp_path):
     assert read_result("speed", "cuda", tmp_path / "results") is None
 
 
-def test_a_machine_is_described_by_what_it_is():
+def test_describe_machine_tells_what_it_is():
     machine = json.loads(json.dumps(describe_machine(CPU)))
     assert machine["torch"] == torch.__version__
     assert machine["threads"] == torch.get_num_threads()

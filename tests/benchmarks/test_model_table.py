@@ -30,19 +30,19 @@ def rows():
     return {row[0]: dict(zip(header, row, strict=True)) for row in body}
 
 
-def test_every_variant_has_a_row(rows):
+def test_model_table_has_a_row_for_every_variant(rows):
     assert tuple(rows) == MODEL_NAMES
     assert set(PUBLISHED) <= set(REFERENCE)
     assert set(REFERENCE) == {*MODEL_NAMES} - {"debiformer_nano"}
 
 
-def test_counts_are_those_of_the_architectures(rows):
+def test_model_table_counts_the_architectures(rows):
     for name, (params, macs) in REFERENCE.items():
         assert rows[name]["params (M)"] == f"{params:.3f}", name
         assert 0.98 * macs < float(rows[name]["MACs (G)"]) < macs, name
 
 
-def test_published_figures_stand_beside_the_counts(rows):
+def test_model_table_shows_published_figures_beside_the_counts(rows):
     top1 = {name: row["published top-1 (%)"] for name, row in rows.items()}
     assert [top1[f"debiformer_{size}"] for size in ("tiny", "small", "base", "nano")] == ["81.9", "83.9", "84.4", "-"]
     assert [top1[f"biformer_{size}"] for size in ("tiny", "small", "base")] == ["81.4", "83.8", "84.3"]
@@ -51,18 +51,18 @@ def test_published_figures_stand_beside_the_counts(rows):
     assert rows["debiformer_base"]["published MACs (G)"] == "11.8"
 
 
-def test_the_readme_shows_the_table():
+def test_model_table_is_in_the_readme():
     assert model_table() in (ROOT / "README.md").read_text()
 
 
-def test_macs_of_a_known_convolution():
+def test_count_macs_of_a_known_convolution():
     layer = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.BatchNorm2d(8))
     layer.default_cfg = {"input_size": (3, 10, 12)}
     assert count_macs(layer) == 10 * 12 * 8 * 3 * 9
     assert count_parameters(layer) == 8 * 3 * 9 + 8 + 8 + 8
 
 
-def test_macs_do_not_depend_on_the_device():
+def test_count_macs_does_not_depend_on_the_device():
     """Attention counts on the meta device as on a CPU, where it runs fused."""
     with torch.device("meta"):
         outline = timm.create_model("debiformer_nano")

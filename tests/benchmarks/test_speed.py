@@ -27,7 +27,7 @@ def run(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_everything_is_measured_and_written(run):
+def test_speed_measures_and_writes_everything(run):
     out, folder = run("--modes", "eager", "fused", "--backends", "torch", "reference", "--input_size", "64")
     result = json.loads((folder / "speed-cpu.json").read_text())
     steps = [(row["task"], row["mode"], row["backend"]) for row in result["rows"]]
@@ -49,7 +49,7 @@ def test_everything_is_measured_and_written(run):
         assert f"| {report.label(row)} | {row['task']} | {row['mode']} |" in page
 
 
-def test_time_and_memory_against_resolution(run):
+def test_resolution_sweep_measures_time_and_memory(run):
     _, folder = run("--sweep", "resolution", "--input_size", "64", "96", "--tasks", "inference")
     rows = json.loads((folder / "resolution-cpu.json").read_text())["rows"]
     assert [row["input_size"] for row in rows] == [64, 96]
@@ -57,7 +57,7 @@ def test_time_and_memory_against_resolution(run):
     assert (folder / "resolution-cpu.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_time_and_memory_against_routed_windows(run):
+def test_topk_sweep_measures_time_and_memory(run):
     _, folder = run("--sweep", "topk", "--topk", "1", "4", "--tasks", "inference", "--input_size", "64", "--no_memory")
     rows = json.loads((folder / "topk-cpu.json").read_text())["rows"]
     assert [(row["model_kwargs"]["agent_topk"], row["backend"]) for row in rows] == [
@@ -67,20 +67,20 @@ def test_time_and_memory_against_routed_windows(run):
     assert (folder / "topk-cpu.png").exists()
 
 
-def test_what_deterministic_algorithms_cost(run):
+def test_deterministic_sweep_measures_both_modes(run):
     _, folder = run("--sweep", "deterministic", "--tasks", "training", "--input_size", "64", "--no_memory")
     rows = json.loads((folder / "deterministic-cpu.json").read_text())["rows"]
     assert [(row["mode"], row["backend"]) for row in rows] == [("eager", "torch"), ("deterministic", "torch")]
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_the_plot_of_accuracy_knows_every_model_of_its_sweep():
+def test_accuracy_plot_knows_every_model_of_its_sweep():
     assert set(speed.SIZE_MATES) <= set(TOP1)
     assert all(timm.is_model(name) for name in speed.SIZE_MATES)
 
 
 @pytest.mark.slow
-def test_compiled_steps_run(run):
+def test_speed_runs_compiled_steps(run):
     _, folder = run("--modes", "compiled", "--backends", "torch", "--input_size", "64", "--no_memory", "--no_floor")
     rows = json.loads((folder / "speed-cpu.json").read_text())["rows"]
     assert [(row["task"], row["mode"]) for row in rows] == [("inference", "compiled"), ("training", "compiled")]
@@ -100,19 +100,19 @@ def test_compiled_steps_run(run):
         (["--sweep", "topk", "--models", "debiformer_nano", "debiformer_tiny"], "takes one model"),
     ],
 )
-def test_mistakes_are_named(argv, complaint):
+def test_speed_names_mistakes(argv, complaint):
     with pytest.raises(UsageError, match=complaint):
         speed.main([*NANO, *argv])
 
 
-def test_a_backend_that_cannot_run_says_why():
+def test_resolve_backends_says_why_one_cannot_run():
     ended = command("-m", "benchmarks.speed", *NANO, "--backends", "triton", TRITON_INTERPRET="0")
     assert ended.returncode == 2
     assert "'triton' cannot run" in ended.stderr
     assert "Traceback" not in ended.stderr
 
 
-def test_the_readme_shows_the_committed_results():
+def test_summary_of_the_committed_results_is_in_the_readme():
     text = (ROOT / "README.md").read_text().partition(report.BEGIN)[2].partition(report.END)[0]
     assert text.strip() == report.summary({device: read_result("speed", device) for device in report.KINDS})
     assert "not measured yet" in text or read_result("speed", "cuda")
@@ -145,7 +145,7 @@ def targets(**changes):
     return {what: cells for what, *cells in rows}
 
 
-def test_targets_are_judged_by_what_was_measured():
+def test_target_table_judges_by_what_was_measured():
     cells = targets()
     assert cells["debiformer_tiny ÷ swin_tiny, inference, eager"] == ["≥ 1.5", "1.50", "yes"]
     assert cells["debiformer_tiny ÷ swin_tiny, training, eager"] == ["≥ 1.2", "1.10", "**no**"]
@@ -156,12 +156,12 @@ def test_targets_are_judged_by_what_was_measured():
     assert bra == ["≤ 1 GB", "2.00 GB", "**no**"]
 
 
-def test_what_was_not_measured_is_not_judged():
+def test_target_table_does_not_judge_what_was_not_measured():
     assert targets()["the same, both compiled"] == ["≥ 1.5", "not measured", ""]
     assert {cells[1] for cells in targets(rows=[], large_maps={}).values()} == {"not measured"}
 
 
-def test_each_kind_of_machine_has_its_targets():
+def test_target_table_has_targets_for_each_kind_of_machine():
     rows = [
         row(report.OURS, "inference", "eager", speed, backend=name)
         for name, speed in (("reference", 10), ("triton", 35))

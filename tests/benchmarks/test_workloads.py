@@ -31,13 +31,13 @@ NANO = Case("debiformer_nano", 2, input_size=64)
 @pytest.mark.parametrize("task", ["inference", "training"])
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_steps_run(task, backend, dtype):
+def test_build_step_runs(task, backend, dtype):
     step = build_step(Case("debiformer_nano", 2, task, backend, dtype, input_size=64), CPU)
     step()
     step()
 
 
-def test_a_fused_model_is_timed_fused(monkeypatch):
+def test_build_step_times_a_fused_model_fused(monkeypatch):
     fused = []
     monkeypatch.setattr("models.fuse", lambda model: fused.append(model) or model)
     build_step(NANO, CPU)()
@@ -46,7 +46,7 @@ def test_a_fused_model_is_timed_fused(monkeypatch):
     assert len(fused) == 1
 
 
-def test_training_changes_the_weights(monkeypatch):
+def test_build_step_of_training_changes_the_weights(monkeypatch):
     model = timm.create_model("debiformer_nano")
     monkeypatch.setattr("benchmarks.workloads.create", lambda case: model)
     step = build_step(Case("debiformer_nano", 2, "training", input_size=64), CPU)
@@ -56,13 +56,13 @@ def test_training_changes_the_weights(monkeypatch):
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_peers_are_made_for_the_size_they_are_measured_at():
+def test_create_makes_peers_for_the_size_measured():
     with torch.device("meta"):
         swin = create(Case("swin_tiny_patch4_window7_224", 1, input_size=448))
         assert swin(torch.empty(1, 3, 448, 448)).shape == (1, 1000)
 
 
-def test_steps_count_as_many_operations_as_they_do():
+def test_step_flops_counts_what_a_step_does():
     macs = count_macs(timm.create_model("debiformer_nano"))
     assert forward_flops(NANO) == 2 * macs
     assert step_flops(NANO) == 2 * 2 * macs
@@ -71,12 +71,12 @@ def test_steps_count_as_many_operations_as_they_do():
     assert larger == pytest.approx(4 * forward_flops(Case("convnext_tiny", 1)), rel=1e-3)
 
 
-def test_only_models_with_this_attention_have_backends():
+def test_is_ours_holds_for_models_with_this_attention_only():
     assert [name for name in MODEL_NAMES if not is_ours(name)] == ["maxvit_stl"] * ("maxvit_stl" in MODEL_NAMES)
     assert not is_ours("swin_tiny_patch4_window7_224")
 
 
-def test_the_environment_is_as_before(monkeypatch):
+def test_build_step_leaves_the_environment_as_before(monkeypatch):
     monkeypatch.setenv(ENVIRONMENT, "torch")
     with use_backend("reference"):
         assert os.environ[ENVIRONMENT] == "reference"
@@ -87,7 +87,7 @@ def test_the_environment_is_as_before(monkeypatch):
     assert ENVIRONMENT not in os.environ
 
 
-def test_every_backend_is_compiled_for_itself():
+def test_build_step_compiles_every_backend_for_itself():
     """Graphs hold the backend as a constant, so that of one must not run for another."""
     graphs = []
 
@@ -115,7 +115,7 @@ def test_every_backend_is_compiled_for_itself():
         (nn.Conv2d(4, 6, 1), (2, 4, 3, 3)),
     ],
 )
-def test_matrix_products_are_the_layers_they_replace(layer, shape):
+def test_as_linear_equals_the_layer_it_replaces(layer, shape):
     x = torch.randn(shape)
     product = as_linear(layer, x)()
     if type(layer) is nn.Conv2d:
@@ -124,11 +124,11 @@ def test_matrix_products_are_the_layers_they_replace(layer, shape):
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 3), nn.Conv2d(4, 6, 1, stride=2), DepthwiseConv(4, 3)])
-def test_other_convolutions_are_no_matrix_products(layer):
+def test_as_linear_refuses_other_convolutions(layer):
     assert as_linear(layer, torch.randn(2, 4, 5, 5)) is None
 
 
-def test_the_floor_times_every_layer_once(monkeypatch):
+def test_layer_floor_times_every_layer_once(monkeypatch):
     timed = []
 
     def seconds(tasks, *_):
@@ -143,6 +143,6 @@ def test_the_floor_times_every_layer_once(monkeypatch):
     assert timed == [{"as_run"}, {"as_run", "as_linear"}, {"as_run", "as_linear"}]
 
 
-def test_training_needs_more_memory_than_inference():
+def test_peak_memory_of_training_is_above_that_of_inference():
     training = peak_memory(Case("debiformer_nano", 16, "training", input_size=64), CPU)
     assert training > peak_memory(Case("debiformer_nano", 16, input_size=64), CPU) > 0

@@ -35,7 +35,7 @@ from visualize.subject import load_subject
         ("biformer_stl_nchw", {"num_heads": (0, 6, 12, 8)}, "0 heads do not divide the width 96"),
     ],
 )
-def test_arguments_that_do_not_fit_are_named(name, arguments, words):
+def test_check_arguments_names_those_that_do_not_fit(name, arguments, words):
     with pytest.raises(ValueError, match=words):
         timm.create_model(name, **arguments)
 
@@ -79,13 +79,13 @@ FOREIGN = {
         "maxvit_tiny_tf_224",
     ],
 )
-def test_only_a_models_own_arguments_are_taken(model):
+def test_check_arguments_takes_a_models_own_only(model):
     for name, value in FOREIGN.items():
         with pytest.raises(ValueError, match=name):
             check_arguments(model, {name: value})
 
 
-def test_every_argument_of_the_variants_is_taken():
+def test_check_arguments_takes_all_of_the_variants():
     for variants in (debiformer.VARIANTS, biformer.VARIANTS, stl.VARIANTS):
         for model, arguments in variants.items():
             check_arguments(model, {name: value for name, value in arguments.items() if name not in RESERVED})
@@ -95,7 +95,7 @@ def test_every_argument_of_the_variants_is_taken():
     assert "qkv_bias" in argument_names("vit_tiny_patch16_224")
 
 
-def test_the_names_are_found_without_drawing_random_numbers():
+def test_argument_names_draws_no_random_numbers():
     before = torch.random.get_rng_state()
     argument_names.cache_clear()
     argument_names("debiformer_nano")
@@ -119,7 +119,7 @@ def test_the_names_are_found_without_drawing_random_numbers():
     ],
     ids=range(11),
 )
-def test_values_that_are_not_plain_or_too_large_are_refused(name, value):
+def test_check_arguments_refuses_values_not_plain_or_too_large(name, value):
     with pytest.raises(ValueError, match=f"argument {name} (takes|is for)") as error:
         check_arguments("debiformer_nano", {name: value})
     assert len(str(error.value)) < 300
@@ -127,7 +127,7 @@ def test_values_that_are_not_plain_or_too_large_are_refused(name, value):
 
 @pytest.mark.parametrize("load", [load_model, load_subject], ids=["tools", "visualize"])
 @pytest.mark.parametrize("kind", ["pth", "safetensors"])
-def test_opening_a_foreign_checkpoint_downloads_and_opens_nothing(load, kind, tmp_path, server):
+def test_load_of_a_foreign_checkpoint_downloads_and_opens_nothing(load, kind, tmp_path, server):
     weights = timm.create_model("debiformer_nano", num_classes=4).state_dict()
     server.files["/evil.pth"] = b"import os"
     sources = (
@@ -150,7 +150,7 @@ def test_opening_a_foreign_checkpoint_downloads_and_opens_nothing(load, kind, tm
 
 
 @pytest.mark.parametrize("load", [load_model, load_subject], ids=["tools", "visualize"])
-def test_a_model_larger_than_its_weights_is_refused_before_it_is_built(load, tmp_path):
+def test_load_refuses_a_model_larger_than_its_weights_before_building_it(load, tmp_path):
     weights = timm.create_model("debiformer_nano", num_classes=4).state_dict()
     for arguments in ({"embed_dims": [8192] * 4, "num_heads": [1] * 4, "offset_groups": [1] * 4}, {"n_win": 8192}):
         args = {"model": "debiformer_nano", "input_size": 64, "model_kwargs": arguments}

@@ -34,7 +34,7 @@ print("peak kB", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, file=sys.st
 """
 
 
-def test_hostile_files_are_each_refused_in_one_line_in_little_memory(tmp_path):
+def test_load_checkpoint_refuses_hostile_files_in_one_line_and_little_memory(tmp_path):
     files = dict(hostile_files(tmp_path / "files"))
     assert len(files) > 150
     script = READ_ALL.format(memory=600 << 20)
@@ -53,7 +53,7 @@ def test_hostile_files_are_each_refused_in_one_line_in_little_memory(tmp_path):
     assert len(lines) == len(files)
 
 
-def test_no_refusal_advises_to_trust_the_file(tmp_path):
+def test_load_checkpoint_never_advises_to_trust_a_file(tmp_path):
     for name, path in hostile_files(tmp_path / "files"):
         if "zeros" in name or "tar" in name:
             message = complaint(load_checkpoint, path)
@@ -63,7 +63,7 @@ def test_no_refusal_advises_to_trust_the_file(tmp_path):
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_pickles_changed_at_random_are_read_or_refused(tmp_path, data):
+def test_load_checkpoint_reads_or_refuses_pickles_changed_at_random(tmp_path, data):
     known = [pickled for _, pickled in pickles() if len(pickled) < 2000] + [item(tensor(4, (2, 2), (2, 1)))]
     pickled = bytearray(data.draw(st.sampled_from(known)))
     for _ in range(data.draw(st.integers(1, 4))):
@@ -93,13 +93,13 @@ plain = st.recursive(
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.dictionaries(st.text(max_size=9), plain), zipped=st.booleans())
-def test_what_honest_programs_save_is_read(tmp_path, content, zipped):
+def test_load_checkpoint_reads_what_honest_programs_save(tmp_path, content, zipped):
     content["state"] = torch.nn.Linear(3, 2).state_dict()  # with an attribute, as state dicts have it
     torch.save(content, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
     assert repr(load_checkpoint(tmp_path / "x.pth")) == repr(content)
 
 
-def test_pipes_and_devices_are_refused_unread(tmp_path):
+def test_load_checkpoint_refuses_pipes_and_devices_unread(tmp_path):
     os.mkfifo(tmp_path / "pipe.pth")
     for path in (tmp_path / "pipe.pth", "/dev/zero"):
         assert "is no regular file but a pipe or device" in complaint(load_checkpoint, path)
@@ -107,7 +107,7 @@ def test_pipes_and_devices_are_refused_unread(tmp_path):
     assert "does not exist" in complaint(load_checkpoint, "a\0b")
 
 
-def test_names_in_a_file_are_shown_escaped_and_cut(tmp_path):
+def test_weights_of_shows_names_escaped_and_cut(tmp_path):
     torch.save({"model": {"\x1b[2J\u202e": 1}, "\x1b[2J" * 99: 1}, tmp_path / "\x1b[2J.pth")
     message = complaint(weights_of, load_checkpoint(tmp_path / "\x1b[2J.pth"), tmp_path / "\x1b[2J.pth")
     assert message.isprintable()
@@ -124,11 +124,11 @@ def test_names_in_a_file_are_shown_escaped_and_cut(tmp_path):
         ("data_set", "x" * 5000),
     ],
 )
-def test_options_that_no_training_had_are_refused(name, value):
+def test_options_of_refuses_options_that_no_training_had(name, value):
     assert f"trained with {name}=" in complaint(options_of, {"args": argparse.Namespace(**{name: value})})
 
 
-def test_a_large_honest_checkpoint_is_read_in_the_memory_that_it_takes(tmp_path):
+def test_load_checkpoint_takes_no_more_memory_than_the_weights(tmp_path):
     torch.save({"model": {f"w{i}": torch.zeros(100) for i in range(3000)}}, tmp_path / "x.pth")
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert len(weights_of(load_checkpoint(tmp_path / "x.pth"), "x.pth")) == 3000

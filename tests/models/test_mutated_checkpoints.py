@@ -40,7 +40,7 @@ def refused(capsys):
     return run
 
 
-def test_a_hundred_files_are_each_refused_in_one_line(files, model, refused):
+def test_load_weights_refuses_a_hundred_files_in_one_line_each(files, model, refused):
     assert len(files) >= 100
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for name, path in files.items():
@@ -52,14 +52,14 @@ def test_a_hundred_files_are_each_refused_in_one_line(files, model, refused):
     assert all(value.equal(before[name]) for name, value in model.state_dict().items())
 
 
-def test_all_but_other_heads_and_tables_are_refused_for_finetuning_too(files, model, refused):
+def test_load_to_finetune_refuses_all_but_other_heads_and_tables(files, model, refused):
     adapted = {"other classes", "scalar bias", "transposed", "table of another size", "without head"}
     for name in files.keys() - adapted:
         path = files[name]
         refused(lambda path=path: load_to_finetune(model, weights_of(load_checkpoint(path), path), path))
 
 
-def test_traps_take_no_memory(files):
+def test_describe_fit_takes_no_memory_for_traps(files):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for name in ("claims of 4 GB", "deflated zeros", "storage of a petabyte", "nested", "a trillion ones"):
         complaint(releases.describe_fit, files[name], "debiformer_nano")
@@ -67,14 +67,14 @@ def test_traps_take_no_memory(files):
 
 
 @pytest.mark.usefixtures("offline")
-def test_none_is_added_to_the_cache(files, refused, tmp_path):
+def test_add_takes_none_into_the_cache(files, refused, tmp_path):
     for name, path in files.items():
         refused(lambda path=path: releases.main(["add", str(path), "--model", "debiformer_tiny"]))
         assert not (tmp_path / "cache").exists(), name
 
 
 @pytest.mark.parametrize("name", ["truncated 3", "code system", "claims of 4 GB", "nan in head.weight", "a folder"])
-def test_the_real_command_ends_so(files, shared_images, name):
+def test_main_ends_with_one_line_and_exit_code_2(files, shared_images, name):
     """As --resume of an evaluation; the model is the file's but for the name."""
     kwargs = [f"{key}={','.join(map(str, value))}" for key, value in SMALL.items() if key != "num_classes"]
     argv = ["--eval", "--model", "debiformer_nano", "--model_kwargs", *kwargs, "--input_size", "64", "--device", "cpu"]

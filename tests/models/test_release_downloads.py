@@ -13,6 +13,7 @@ import torch
 from released import (
     FOLDER,
     NANO,
+    URL,
     assert_same_logits,
     cached,
     file_mirror,
@@ -25,7 +26,7 @@ from support import ROOT, complaint, save_as_authors
 
 from models.weights import load_checkpoint, sources, weights_of
 from models.weights.releases import RELEASES, Places, find_release
-from models.weights.sources import DriveFolder, Release
+from models.weights.sources import Release
 
 pytestmark = pytest.mark.usefixtures("offline")
 
@@ -34,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("offline")
 
 @pytest.mark.usefixtures("nano_release")
 @pytest.mark.parametrize("ranges", [True, False], ids=["ranges", "no ranges"])
-def test_a_server_that_dies_half_way_leaves_nothing_and_the_next_try_succeeds(
+def test_download_from_a_server_that_dies_leaves_nothing_and_is_tried_again(
     tmp_path, checkpoint, published, server, monkeypatch, ranges
 ):
     places = http_mirror_that_breaks(server, checkpoint)
@@ -52,7 +53,7 @@ def test_a_server_that_dies_half_way_leaves_nothing_and_the_next_try_succeeds(
 
 
 @pytest.mark.usefixtures("nano_release")
-def test_a_download_that_is_killed_leaves_nothing_and_the_next_try_succeeds(tmp_path, published, server):
+def test_download_that_is_killed_leaves_nothing_and_is_tried_again(tmp_path, published, server):
     content = save_as_authors(tmp_path / "x.pth", published[0]).read_bytes()
     server.files["/debiformer_tiny.pth"], server.stall = content, threading.Event()
     argv = [sys.executable, "-m", "models.releases", "fetch", "debiformer_tiny", "--release_mirror", server.url]
@@ -70,7 +71,7 @@ def test_a_download_that_is_killed_leaves_nothing_and_the_next_try_succeeds(tmp_
 
 
 @pytest.mark.usefixtures("nano_release")
-def test_processes_that_need_the_same_weights_download_them_once(tmp_path, published, server):
+def test_download_is_made_once_for_several_processes(tmp_path, published, server):
     server.files[f"/{NANO}.pth"] = save_as_authors(tmp_path / "x.pth", published[0]).read_bytes()
     found = []
     threads = [
@@ -87,7 +88,7 @@ def test_processes_that_need_the_same_weights_download_them_once(tmp_path, publi
 
 @pytest.mark.usefixtures("nano_release")
 @pytest.mark.parametrize("content", [b"<html>sign in</html>", b"", b"PK\x03\x04"], ids=["page", "nothing", "torn"])
-def test_what_is_no_checkpoint_does_not_enter_the_cache(tmp_path, server, content):
+def test_cache_takes_no_file_that_is_no_checkpoint(tmp_path, server, content):
     server.files[f"/{NANO}.pth"] = content
     assert f"what came from mirror {server.url} was not kept" in complaint(
         find_release, NANO, Places(mirror=server.url)
@@ -96,7 +97,7 @@ def test_what_is_no_checkpoint_does_not_enter_the_cache(tmp_path, server, conten
 
 
 @pytest.mark.usefixtures("nano_release")
-def test_a_cached_file_that_changed_is_refused(tmp_path, checkpoint):
+def test_cache_refuses_a_file_that_changed(tmp_path, checkpoint):
     path = find_release(NANO, file_mirror(tmp_path, checkpoint))
     for place in (0, 40, len(checkpoint) // 2, len(checkpoint) - 1):
         path.write_bytes(checkpoint[:place] + bytes([checkpoint[place] ^ 1]) + checkpoint[place + 1 :])
@@ -105,20 +106,20 @@ def test_a_cached_file_that_changed_is_refused(tmp_path, checkpoint):
     assert find_release(NANO, file_mirror(tmp_path, checkpoint)).read_bytes() == checkpoint
 
 
-def test_a_published_checksum_is_held(tmp_path, published, monkeypatch):
+def test_find_release_compares_the_published_checksum(tmp_path, published, monkeypatch):
     file = save_as_authors(tmp_path / "weights" / f"{NANO}.pth", published[0])
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     folder, mirror = Places(folder=str(file.parent)), Places(mirror=file.parent.as_uri())
-    monkeypatch.setitem(RELEASES, NANO, Release(NANO, DriveFolder(FOLDER), sha256="0" * 64))
+    monkeypatch.setitem(RELEASES, NANO, Release(NANO, URL, sha256="0" * 64))
     for places in (folder, mirror):
         assert "is not the file that was published" in complaint(find_release, NANO, places)
     assert cached(tmp_path) == {}
-    monkeypatch.setitem(RELEASES, NANO, Release(NANO, DriveFolder(FOLDER), sha256=digest))
+    monkeypatch.setitem(RELEASES, NANO, Release(NANO, URL, sha256=digest))
     assert find_release(NANO, folder) == file
     assert digest in find_release(NANO, mirror).name
 
 
-def test_a_cache_that_cannot_be_written_to_is_told(monkeypatch):
+def test_cache_that_cannot_be_written_to_is_told(monkeypatch):
     monkeypatch.setenv("DEBIFORMER_HOME", "/proc/cache")
     assert "cannot write to /proc/cache: No such file or directory; choose another folder" in complaint(
         find_release, "debiformer_tiny"
@@ -129,7 +130,7 @@ def test_a_cache_that_cannot_be_written_to_is_told(monkeypatch):
 
 
 @pytest.mark.usefixtures("nano_release")
-def test_a_download_that_is_too_large_is_refused(tmp_path, server, monkeypatch):
+def test_download_that_is_too_large_is_refused(tmp_path, server, monkeypatch):
     monkeypatch.setattr(sources, "MAX_BYTES", 100_000)
     server.files[f"/{NANO}.pth"] = bytes(200_000)
     assert f"mirror {server.url} sends over 100,000 bytes" in complaint(find_release, NANO, Places(mirror=server.url))
@@ -142,14 +143,14 @@ def test_a_download_that_is_too_large_is_refused(tmp_path, server, monkeypatch):
 
 
 @pytest.mark.usefixtures("nano_release")
-def test_a_compressed_download_is_not_unpacked(tmp_path, server):
+def test_download_that_is_compressed_is_not_unpacked(tmp_path, server):
     server.files[f"/{NANO}.pth"], server.encoding = gzip.compress(bytes(50_000_000)), "gzip"
     assert "sends a compressed file" in complaint(find_release, NANO, Places(mirror=server.url))
     assert cached(tmp_path) == {}
 
 
 @pytest.mark.usefixtures("nano_release")
-def test_a_download_that_does_not_end_is_given_up(tmp_path, server, monkeypatch):
+def test_download_that_does_not_end_is_given_up(tmp_path, server, monkeypatch):
     monkeypatch.setattr(sources, "MAX_SECONDS", 1)
     use_hub(server, monkeypatch)
     content = bytes(100_000)
@@ -161,7 +162,7 @@ def test_a_download_that_does_not_end_is_given_up(tmp_path, server, monkeypatch)
     assert cached(tmp_path) == {}
 
 
-def test_an_address_is_read_like_a_file_and_downloaded_once(tmp_path, checkpoint, published, server):
+def test_load_checkpoint_reads_an_address_and_downloads_it_once(tmp_path, checkpoint, published, server):
     server.files["/best.pth"] = checkpoint
     for _ in range(2):
         weights = weights_of(load_checkpoint(f"{server.url}/best.pth"), "x")
@@ -174,7 +175,7 @@ def test_an_address_is_read_like_a_file_and_downloaded_once(tmp_path, checkpoint
 # -- what is missing, and the remedy ------------------------------------------------------------------------------
 
 
-def test_offline_empty_and_refused_are_three_messages(monkeypatch, server):
+def test_find_release_tells_offline_empty_and_refused_apart(monkeypatch, server):
     offline = complaint(find_release, "debiformer_tiny")
     assert "Google Drive cannot be reached; this machine may be offline" in offline
     with monkeypatch.context() as patch:
@@ -196,7 +197,7 @@ def test_offline_empty_and_refused_are_three_messages(monkeypatch, server):
         assert "python -m models.releases add FILE --model debiformer_tiny" in message
 
 
-def test_a_slow_drive_and_a_changed_page_are_told(monkeypatch):
+def test_find_release_tells_a_slow_drive_and_a_changed_page(monkeypatch):
     errors = {requests.ReadTimeout(): "cannot be reached", KeyError("Content-Type"): "does not know (KeyError)"}
     for error, words in errors.items():
 
@@ -209,14 +210,14 @@ def test_a_slow_drive_and_a_changed_page_are_told(monkeypatch):
             assert words in complaint(find_release, "debiformer_tiny")
 
 
-def test_dead_links_are_told_with_the_remedy():
+def test_find_release_tells_dead_links_with_the_remedy():
     message = complaint(find_release, "biformer_tiny")
     assert "OneDrive links no longer answer" in message
     assert "s!AkBbczdRlZvChHEOoGkgwgQzEDlM" in message
     assert "add FILE --model biformer_tiny" in message
 
 
-def test_every_place_that_was_asked_is_named(tmp_path, server, monkeypatch):
+def test_find_release_names_every_place_that_was_asked(tmp_path, server, monkeypatch):
     (tmp_path / "weights").mkdir()
     use_hub(server, monkeypatch)
     server.play_hugging_face("lab/weights", {"biformer_stl_nchw.pth": b""})
@@ -228,13 +229,13 @@ def test_every_place_that_was_asked_is_named(tmp_path, server, monkeypatch):
     assert "Hugging Face Hub lab/nothing" in complaint(find_release, "biformer_tiny", Places(hub="lab/nothing"))
 
 
-def test_places_that_cannot_be_are_told(tmp_path):
+def test_find_release_tells_places_that_cannot_be(tmp_path):
     assert "does not exist" in complaint(find_release, "biformer_tiny", Places(folder=str(tmp_path / "nowhere")))
     assert "a mirror begins with https://" in complaint(find_release, "biformer_tiny", Places(mirror="ftp://a"))
     assert "did you mean biformer_tiny?" in complaint(find_release, "biformer_tinny")
 
 
-def test_several_files_of_one_model_are_told_apart_by_name(tmp_path, published):
+def test_find_release_tells_several_files_apart_by_name(tmp_path, published):
     folder = tmp_path / "weights"
     for name in ("debiformer_tiny_a.pth", "debiformer_tiny_b.pth"):
         put(folder / name, b"")

@@ -10,6 +10,7 @@ import torch
 from released import (
     FOLDER,
     NANO,
+    URL,
     assert_same_logits,
     cached,
     file_mirror,
@@ -27,7 +28,6 @@ import models
 from models import releases
 from models.weights import load_checkpoint, load_to_finetune, sources
 from models.weights.releases import RELEASES, Places, find_release
-from models.weights.sources import OneDriveShare
 from runtime.errors import exit_on_error
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -57,7 +57,7 @@ def from_run(monkeypatch, small_options):
 # -- the table ----------------------------------------------------------------------------------------------------
 
 
-def test_the_table_holds_what_was_published():
+def test_releases_hold_what_was_published():
     assert list(RELEASES) == [
         f"{family}_{size}" for family in ("debiformer", "biformer") for size in ("tiny", "small", "base")
     ] + [
@@ -65,11 +65,11 @@ def test_the_table_holds_what_was_published():
         "biformer_stl_nchw",
     ]
     assert [release.top1 for release in RELEASES.values()][:7] == [81.9, 83.9, 84.4, 81.4, 83.8, 84.3, 82.7]
-    assert str(RELEASES["debiformer_tiny"].source) == f"https://drive.google.com/drive/folders/{FOLDER}"
-    assert RELEASES["biformer_stl_nchw"].source == OneDriveShare("s!AkBbczdRlZvChWYrKbWbMgqd2Ai0")
+    assert RELEASES["debiformer_tiny"].url == URL
+    assert RELEASES["biformer_stl_nchw"].url == "https://1drv.ms/u/s!AkBbczdRlZvChWYrKbWbMgqd2Ai0"
 
 
-def test_timm_knows_which_models_have_weights():
+def test_pretrained_cfgs_say_which_models_have_weights():
     ours = {name for name in models.MODEL_NAMES if timm.is_model_pretrained(name)}
     assert ours == RELEASES.keys() & set(models.MODEL_NAMES)
     for name in ours:
@@ -92,7 +92,7 @@ def test_timm_knows_which_models_have_weights():
         ("upernet_biformer_tiny.pth", None),
     ],
 )
-def test_files_are_recognised_by_name(name, model):
+def test_release_names_recognises_its_files(name, model):
     owners = [release.model for release in RELEASES.values() if release.names(name, sources.SUFFIX)]
     assert owners == ([model] if model else [])
 
@@ -125,7 +125,7 @@ WAYS = [
 
 @pytest.mark.usefixtures("nano_release")
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-def test_the_weights_evaluate_to_the_models_logits(
+def test_every_place_gives_the_models_logits(
     way, tmp_path, checkpoint, published, server, monkeypatch, from_run, capsys
 ):
     places = way(tmp_path=tmp_path, content=checkpoint, server=server, monkeypatch=monkeypatch)
@@ -145,13 +145,13 @@ def test_the_weights_evaluate_to_the_models_logits(
 
 
 @pytest.mark.usefixtures("nano_release")
-def test_the_average_is_evaluated_on_request(tmp_path, checkpoint, published, from_run):
+def test_eval_takes_the_average_on_request(tmp_path, checkpoint, published, from_run):
     folder = local_folder(tmp_path, checkpoint).folder
     assert_same_logits(from_run("--release_dir", folder, "--use_ema"), published[1])
 
 
 @pytest.mark.usefixtures("nano_release")
-def test_evaluation_at_another_size_resamples_the_position_tables(tmp_path, checkpoint, published, from_run):
+def test_eval_at_another_size_resamples_the_position_tables(tmp_path, checkpoint, published, from_run):
     model = from_run("--release_dir", local_folder(tmp_path, checkpoint).folder, "--input_size", "96")
     wanted = timm.create_model(NANO, num_classes=4, img_size=96)
     load_to_finetune(wanted, published[0].state_dict(), "x")
@@ -159,7 +159,7 @@ def test_evaluation_at_another_size_resamples_the_position_tables(tmp_path, chec
 
 
 @pytest.mark.usefixtures("nano_release")
-def test_a_folder_comes_before_the_cache_and_the_cache_before_sources(tmp_path, published, server, monkeypatch):
+def test_find_release_asks_the_folder_then_the_cache_then_other_places(tmp_path, published, server, monkeypatch):
     model, other = published
     find_release(NANO, file_mirror(tmp_path, save_as_authors(tmp_path / "x.pth", other).read_bytes()))
     assert_same_logits(from_timm(), other)
@@ -174,7 +174,7 @@ def test_a_folder_comes_before_the_cache_and_the_cache_before_sources(tmp_path, 
 
 @pytest.mark.parametrize("name", ["debiformer_tiny", "debi_tiny", "biformer_tiny.in1k"])
 @torch.no_grad()
-def test_a_published_model_is_built_with_its_weights(name, tmp_path, monkeypatch):
+def test_create_model_builds_a_published_model_with_its_weights(name, tmp_path, monkeypatch):
     variant = name.replace("debi_", "debiformer_").removesuffix(".in1k")
     source = scrambled(timm.create_model(variant), 3)
     save_as_authors(tmp_path / "weights" / f"{variant}.pth", source)
@@ -229,7 +229,7 @@ def run(capsys):
     return in_process
 
 
-def test_the_command_adds_lists_and_verifies(tmp_path, run):
+def test_command_adds_lists_and_verifies(tmp_path, run):
     file = save_as_authors(tmp_path / "from_browser.pth", timm.create_model("biformer_tiny"))
     code, added, errors = run("add", file, "--model", "biformer_tiny")
     assert (code, errors) == (0, "")
@@ -264,7 +264,7 @@ def test_the_command_adds_lists_and_verifies(tmp_path, run):
         ([], ["list|fetch|add|verify"]),
     ],
 )
-def test_bad_input_gets_one_line_and_exit_code_2(run, argv, words):
+def test_command_answers_bad_input_with_one_line_and_exit_code_2(run, argv, words):
     code, _, errors = run(*argv)
     assert code == 2
     (line,) = errors.strip().splitlines()
@@ -273,21 +273,21 @@ def test_bad_input_gets_one_line_and_exit_code_2(run, argv, words):
         assert word in line
 
 
-def test_it_is_a_command(tmp_path):
+def test_command_runs_as_a_module(tmp_path):
     printed = command("-m", "models.releases", "fetch", "biformer_tiny", DEBIFORMER_HOME=str(tmp_path))
     assert (printed.returncode, printed.stdout) == (2, "")
     (line,) = printed.stderr.strip().splitlines()
     assert line.startswith("models.releases: error: cannot get the released weights of biformer_tiny")
 
 
-def test_help_teaches(run):
+def test_command_help_names_places_and_variables(run):
     code, printed, _ = run("--help")
     assert code == 0
     for word in ("list", "fetch", "add", "verify", "DEBIFORMER_HOME", "DEBIFORMER_RELEASES", "--load_release"):
         assert word in printed
 
 
-def test_weights_of_another_model_are_not_added(tmp_path):
+def test_add_refuses_weights_of_another_model(tmp_path):
     file = save_as_authors(tmp_path / "x.pth", timm.create_model(NANO))
     assert "another model than biformer_tiny" in complaint(releases.add, file, "biformer_tiny")
     assert cached(tmp_path) == {}

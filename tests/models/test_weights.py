@@ -37,7 +37,7 @@ def assert_same(model, weights):
 
 
 @pytest.mark.parametrize("zipped", [True, False])
-def test_checkpoints_as_the_authors_save_them_are_read(tmp_path, zipped):
+def test_load_checkpoint_reads_what_the_authors_save(tmp_path, zipped):
     model, ema = scrambled(nano(), 1), scrambled(nano(), 2)
     path = save_as_authors(tmp_path / "best.pth", model, ema, zipped)
     content = load_checkpoint(path)
@@ -48,7 +48,7 @@ def test_checkpoints_as_the_authors_save_them_are_read(tmp_path, zipped):
         assert_same(loaded, expected.state_dict())
 
 
-def test_other_kinds_of_file_are_read(tmp_path):
+def test_load_checkpoint_reads_other_kinds_of_file(tmp_path):
     weights = nano().state_dict()
     kinds = {
         "ddp": {"state_dict": {f"module.{name}": value for name, value in weights.items()}},
@@ -66,7 +66,7 @@ def test_other_kinds_of_file_are_read(tmp_path):
 
 @pytest.mark.parametrize("module", [b"pathlib", b"pathlib._local"])
 @pytest.mark.parametrize("name", [b"PosixPath", b"PurePosixPath", b"WindowsPath", b"PureWindowsPath"])
-def test_paths_pickled_on_another_system_or_python_are_read(tmp_path, module, name):
+def test_load_checkpoint_reads_paths_of_another_system_or_python(tmp_path, module, name):
     torch.save({"args": argparse.Namespace(data_path=pathlib.PurePosixPath("a/b"))}, tmp_path / "x.pth")
     with zipfile.ZipFile(tmp_path / "x.pth") as source, zipfile.ZipFile(tmp_path / "y.pth", "w") as target:
         for entry in source.namelist():
@@ -77,12 +77,12 @@ def test_paths_pickled_on_another_system_or_python_are_read(tmp_path, module, na
     assert parts == ("a", "b")
 
 
-def test_nothing_but_options_and_paths_is_allowed():
+def test_safe_classes_are_options_and_paths_only():
     kinds = {kind if isinstance(kind, type) else kind[0] for kind in SAFE_CLASSES}
     assert kinds == {argparse.Namespace, pathlib.PurePosixPath, pathlib.PureWindowsPath}
 
 
-def test_averaged_weights_that_are_not_there(tmp_path):
+def test_weights_of_refuses_averaged_weights_that_are_not_there(tmp_path):
     path = save_as_authors(tmp_path / "x.pth", nano())
     assert "holds no averaged weights" in complaint(weights_of, load_checkpoint(path), path, True)
 
@@ -111,7 +111,7 @@ def save_newest_pickle_in_zip(content, path):
 
 
 @pytest.mark.parametrize("save", [torch.save, save_legacy, save_pickle, save_newest_pickle_in_zip])
-def test_code_is_refused_by_name_and_not_run(tmp_path, save):
+def test_load_checkpoint_refuses_code_by_name_and_does_not_run_it(tmp_path, save):
     save({"model": Exploit(tmp_path / "ran")}, tmp_path / "evil.pth")
     message = complaint(load_checkpoint, tmp_path / "evil.pth")
     assert f"{tmp_path / 'evil.pth'} holds posix.system, which is code" in message
@@ -120,18 +120,18 @@ def test_code_is_refused_by_name_and_not_run(tmp_path, save):
     assert (tmp_path / "ran").exists()
 
 
-def test_a_pickled_model_is_refused_by_name(tmp_path):
+def test_load_checkpoint_refuses_a_pickled_model_by_name(tmp_path):
     torch.save({"model": nano()}, tmp_path / "model.pth")
     assert "holds models.debiformer.DeBiFormer, which is code" in complaint(load_checkpoint, tmp_path / "model.pth")
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")
-def test_a_program_is_refused(tmp_path):
+def test_load_checkpoint_refuses_a_program(tmp_path):
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), tmp_path / "program.pt")
     assert "which is code" in complaint(load_checkpoint, tmp_path / "program.pt")
 
 
-def test_torchs_tar_format_is_refused_by_name(tmp_path):
+def test_load_checkpoint_refuses_torchs_tar_format_by_name(tmp_path):
     with tarfile.open(tmp_path / "x.pth", "w") as archive:
         for name in ("pickle", "storages", "tensors"):
             (tmp_path / name).write_bytes(pickle.dumps(Exploit(tmp_path / "ran")))
@@ -142,17 +142,17 @@ def test_torchs_tar_format_is_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("content", [b"", b"hello", b"PK\x03\x04" + b"\0" * 50, bytes(range(256)) * 8], ids=range(4))
 @pytest.mark.parametrize("name", ["x.pth", "x.safetensors"])
-def test_other_files_are_refused(tmp_path, content, name):
+def test_load_checkpoint_refuses_other_files(tmp_path, content, name):
     (tmp_path / name).write_bytes(content)
     assert f"{name} is not a checkpoint" in complaint(load_checkpoint, tmp_path / name)
 
 
-def test_what_is_no_file_is_refused(tmp_path):
+def test_load_checkpoint_refuses_what_is_no_file(tmp_path):
     assert "does not exist" in complaint(load_checkpoint, tmp_path / "nowhere.pth")
     assert "is a folder" in complaint(load_checkpoint, tmp_path)
 
 
-def test_an_archive_that_would_unpack_to_far_more_is_not_unpacked(tmp_path):
+def test_load_checkpoint_does_not_unpack_an_archive_that_expands(tmp_path):
     with zipfile.ZipFile(tmp_path / "bomb.pth", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(10_000_000))
     assert "claims to hold 10,000,000" in complaint(load_checkpoint, tmp_path / "bomb.pth")
@@ -169,7 +169,7 @@ def test_an_archive_that_would_unpack_to_far_more_is_not_unpacked(tmp_path):
     ],
     ids=range(5),
 )
-def test_a_checkpoint_without_weights_is_refused(tmp_path, content):
+def test_weights_of_refuses_a_checkpoint_without_weights(tmp_path, content):
     torch.save(content, tmp_path / "x.pth")
     message = complaint(weights_of, load_checkpoint(tmp_path / "x.pth"), "x.pth")
     assert "holds no weights" in message
@@ -188,13 +188,13 @@ def test_a_checkpoint_without_weights_is_refused(tmp_path, content):
     ],
     ids=["sparse", "meta", "nested", "quantized", "float8", "expanded"],
 )
-def test_tensors_that_are_not_dense_numbers_are_refused(tmp_path, tensor):
+def test_weights_of_refuses_tensors_that_are_not_dense_numbers(tmp_path, tensor):
     torch.save({"model": {"head.bias": tensor}}, tmp_path / "x.pth")
     message = complaint(load_checkpoint, tmp_path / "x.pth")
     assert "only plain dense tensors" in message or "claims a tensor of shape" in message
 
 
-def test_other_content_is_refused(tmp_path):
+def test_load_checkpoint_refuses_other_content(tmp_path):
     torch.save([1, 2], tmp_path / "list.pth")
     assert "holds a list" in complaint(load_checkpoint, tmp_path / "list.pth")
 
@@ -212,7 +212,7 @@ def refusal(model, weights):
     return message
 
 
-def test_other_depths_are_told_with_the_remedy():
+def test_load_weights_tells_other_depths_with_the_remedy():
     base, deeper = outline("debiformer_base"), outline("debiformer_base", depths=(2, 2, 9, 3))
     sentence = "checkpoint has 3 blocks in stage 4, debiformer_base has 2: create the model with depths=(2, 2, 9, 3)"
     assert refusal(base, deeper.state_dict()) == f"x.pth: {sentence}"
@@ -225,14 +225,14 @@ def test_other_depths_are_told_with_the_remedy():
     )
 
 
-def test_the_remedy_for_other_depths_helps():
+def test_mismatch_arguments_build_the_model_that_fits():
     weights = nano(depths=(1, 2, 1, 1)).state_dict()
     with pytest.raises(WeightsMismatch) as error:
         load_weights(nano(), weights, "x.pth")
     load_weights(nano(**error.value.arguments), weights, "x.pth")
 
 
-def test_other_widths_classes_and_sizes_are_told():
+def test_load_weights_tells_other_widths_classes_and_sizes():
     assert "checkpoint has widths 96,192,384,768, biformer_small has 64,128,256,512: choose the model" in refusal(
         outline("biformer_small"), outline("biformer_base").state_dict()
     )
@@ -247,7 +247,7 @@ def test_other_widths_classes_and_sizes_are_told():
     )
 
 
-def test_missing_and_additional_weights_are_told_by_their_place():
+def test_load_weights_tells_missing_and_additional_weights_by_place():
     weights = nano().state_dict()
     for name in [name for name in weights if name.startswith("stages.2.0.mlp1.")]:
         weights[name.replace("mlp1", "mlp3")] = weights.pop(name)
@@ -259,21 +259,21 @@ def test_missing_and_additional_weights_are_told_by_their_place():
     )
 
 
-def test_another_familys_weights_are_refused_in_one_sentence():
+def test_load_weights_refuses_another_family_in_one_sentence():
     assert "is of another model than debiformer_nano" in refusal(nano(), outline("biformer_tiny").state_dict())
     assert "is of another model than resnet18" in refusal(outline("resnet18"), nano().state_dict())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
 @pytest.mark.parametrize("name", ["stages.1.0.norm1.weight", "norm.running_var", "head.bias"])
-def test_weights_that_are_not_finite_are_refused(value, name):
+def test_load_weights_refuses_weights_that_are_not_finite(value, name):
     weights = nano().state_dict()
     weights[name] = weights[name].double()
     weights[name][1] = value
     assert f"NaN or infinity in {name}" in refusal(nano(), weights)
 
 
-def test_numbers_of_another_kind_are_refused():
+def test_load_weights_refuses_numbers_of_another_kind():
     weights = nano().state_dict()
     weights["head.bias"] = weights["head.bias"].to(torch.complex64)
     assert "head.bias [4] of torch.complex64" in refusal(nano(), weights)
@@ -282,7 +282,7 @@ def test_numbers_of_another_kind_are_refused():
 # -- fine-tuning --------------------------------------------------------------------------------------------------
 
 
-def test_finetuning_adapts_classes_input_size_and_channels():
+def test_load_to_finetune_adapts_classes_input_size_and_channels():
     source, target = nano(), nano(num_classes=7, img_size=128, in_chans=1)
     fresh = load_to_finetune(target, source.state_dict(), "x")
     assert fresh == ["head.weight", "head.bias"]
@@ -299,7 +299,7 @@ def test_finetuning_adapts_classes_input_size_and_channels():
     )
 
 
-def test_finetuning_from_another_model_is_refused():
+def test_load_to_finetune_refuses_another_model():
     assert "another model" in complaint(load_to_finetune, nano(), timm.create_model("biformer_tiny").state_dict(), "x")
 
 
@@ -317,7 +317,7 @@ def test_finetuning_from_another_model_is_refused():
     ],
     ids=["empty", "expanded", "long", "integers", "float8", "sparse", "quantized", "other heads"],
 )
-def test_position_tables_that_cannot_be_resampled_are_refused(table):
+def test_load_to_finetune_refuses_tables_that_cannot_be_resampled(table):
     model = nano()
     assert model.state_dict()["stages.0.0.attn2.rpe_table"].shape[0] == 1
     weights = {**model.state_dict(), "stages.0.0.attn2.rpe_table": table}
@@ -325,14 +325,14 @@ def test_position_tables_that_cannot_be_resampled_are_refused(table):
 
 
 @pytest.mark.parametrize("shape", [(16, 2, 3, 3), (16, 6, 3, 3), (16, 10**4, 3, 3), (8, 3, 3, 3), (16, 0, 3, 3)])
-def test_first_filters_that_take_no_rgb_are_refused(shape):
+def test_load_to_finetune_refuses_first_filters_that_take_no_rgb(shape):
     for in_chans in (1, 3, 5):
         model = nano(in_chans=in_chans)
         weights = {**model.state_dict(), "downsample_layers.0.0.weight": torch.zeros(shape)}
         complaint(load_to_finetune, model, weights, "x")
 
 
-def test_a_mismatch_names_what_differs():
+def test_mismatch_names_what_differs():
     weights = nano(num_classes=7).state_dict()
     weights["extra"] = weights.pop("norm.weight")
     with pytest.raises(WeightsMismatch) as error:
@@ -349,7 +349,7 @@ def test_a_mismatch_names_what_differs():
         ({"img_size": (96, 128)}, "pass --input_size 96, or --finetune, which resamples its position tables"),
     ],
 )
-def test_command_lines_tell_the_remedy_as_options(arguments, remedy):
+def test_message_of_tells_the_remedy_as_options(arguments, remedy):
     weights = nano(**arguments).state_dict()
     with pytest.raises(WeightsMismatch) as error:
         load_weights(nano(), weights, "x\n.pth")

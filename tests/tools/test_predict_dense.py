@@ -1,6 +1,7 @@
 """What detectors and segmenters see, printed and drawn."""
 
 import re
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -10,7 +11,6 @@ from PIL import Image
 from support import complaint
 
 from models.weights import load_checkpoint
-from runtime.options import to_plain
 from tasks import find_task
 from tasks.loading import open_image
 from tasks.options import parse_args
@@ -38,7 +38,7 @@ def saved(shapes, tmp_path_factory):
         if head == "retinanet":  # by its first bias it is sure of nothing
             torch.nn.init.normal_(model.head.classification_head.cls_logits.bias, -1, 1)
         path = folder / f"{head}.pth"
-        torch.save({"model": model.state_dict(), "args": to_plain(task.opts), "classes": list(task.classes)}, path)
+        torch.save({"model": model.state_dict(), "args": asdict(task.opts), "classes": list(task.classes)}, path)
         return task, model, path
 
     return {head: save(head) for head in HEADS}

@@ -25,7 +25,10 @@ def test_from_pretrained_gives_the_same_logits(name, tmp_path):
     export(loaded, "hf", tmp_path / "repo")
     twin = AutoModelForImageClassification.from_pretrained(tmp_path / "repo")
     images = torch.randn(2, 3, 64, 64)
-    assert torch.equal(twin(images).logits, loaded.model(images))
+    weights = twin.timm_model.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in loaded.model.state_dict().items())
+    # Mapped from a file, weights lie elsewhere in memory than allocated ones, and matrix products round otherwise.
+    torch.testing.assert_close(twin(images).logits, loaded.model(images), rtol=1e-5, atol=1e-6 * 27_000)
 
 
 @torch.no_grad()

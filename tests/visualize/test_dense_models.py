@@ -1,6 +1,7 @@
 """python -m visualize with checkpoints of detectors and segmenters."""
 
 import os
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ from dense_cases import HEADS, SMALL
 from PIL import Image
 from support import complaint
 
-from runtime.options import to_plain
 from tasks import find_task
 from tasks.options import parse_args
 from tools import make_shapes
@@ -28,7 +28,7 @@ def saved(tmp_path_factory):
         options = parse_args([*SMALL, *HEADS[head], "--head", head, "--data_path", str(root), *argv])
         task = find_task(options.task)(options)
         task.sources()
-        content = {"model": task.build_model().state_dict(), "args": to_plain(options), "classes": list(task.classes)}
+        content = {"model": task.build_model().state_dict(), "args": asdict(options), "classes": list(task.classes)}
         torch.save(content, root / f"{head}.pth")
         return root / f"{head}.pth"
 

@@ -70,7 +70,7 @@ def test_saturation_counts_agents_at_the_edge_of_the_picture_but_no_padding(laye
 
 
 def test_a_look_has_numbers_and_pictures_of_every_stage(nano):
-    found = Watcher(nano, "debiformer_nano", IMAGES, Pixels()).look()
+    found = Watcher(nano, "debiformer_nano", IMAGES, Pixels()).collect()
     kinds = ("routing_entropy", "windows_unread")
     places = [f"stage_{stage}_{who}" for stage in (1, 2, 3) for who in ("tokens", "agents")] + ["stage_4_agents"]
     expected = {f"attention_{kind}/{place}" for kind in kinds for place in places}
@@ -84,7 +84,7 @@ def test_a_look_has_numbers_and_pictures_of_every_stage(nano):
 
 
 def test_numbers_are_means_over_images_and_blocks(nano):
-    found = Watcher(nano, "debiformer_nano", IMAGES, Pixels()).look()
+    found = Watcher(nano, "debiformer_nano", IMAGES, Pixels()).collect()
     name = "attention_routing_entropy/stage_3_tokens"
     values = [warnings_of(layer).get(name) for image in IMAGES for layer in capture(nano, image[None]).layers]
     values = [value for value in values if value is not None]
@@ -95,7 +95,7 @@ def test_numbers_are_means_over_images_and_blocks(nano):
 def test_a_look_changes_no_random_number_and_no_weight(nano):
     nano.train()
     state, weights = torch.get_rng_state(), {name: value.clone() for name, value in nano.state_dict().items()}
-    Watcher(nano, "debiformer_nano", IMAGES, Pixels()).look()
+    Watcher(nano, "debiformer_nano", IMAGES, Pixels()).collect()
     assert nano.training
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(value, weights[name]) for name, value in nano.state_dict().items())
@@ -105,7 +105,7 @@ def test_a_look_changes_no_random_number_and_no_weight(nano):
 def test_biformer_has_no_agents_to_show():
     found = Watcher(
         timm.create_model("biformer_tiny", depths=(1, 1, 1, 1)), "biformer_tiny", IMAGES[:1], Pixels()
-    ).look()
+    ).collect()
     assert set(found.pictures) == {"attention_routing/image_0"}
     assert not any("offset" in name or "stage_4" in name for name in found.scalars)
 
