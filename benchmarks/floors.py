@@ -24,7 +24,7 @@ from models.ops import launch_triton, operators
 from models.ops.launch_triton import Block, Launch
 from runtime.errors import exit_on_error
 
-from . import launch_path
+from . import launch_path_triton
 from .markdown import table
 from .measure import DTYPES, RESULTS, describe_machine, write_result
 from .trace import Call, is_spec, trace
@@ -179,7 +179,7 @@ def report(result: dict[str, Any]) -> str:
             f"{total['bytes'] / 1e9:.1f} GB, of which {total['bytes_of_others'] / 1e9:.1f} GB by PyTorch's operators; "
             f"at most {total['spilled']:.0f} bytes spilled. "
             "Python takes {:.1f} ms from our operators to their launches, {:.1f} ms of them for attention.".format(
-                *(1e3 * seconds for seconds in launch_path.sums(part["python"]))
+                *(1e3 * seconds for seconds in launch_path_triton.sums(part["python"]))
             ),
             table(HEADER, [cells(row) for row in part["rows"]], text_columns=2),
         ]
@@ -222,7 +222,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for task in args.tasks:
         calls = trace(args.model, task, args.batch_size, args.size, DTYPES[args.dtype])
         rows = measure(calls, args.architecture, args.all or args.choose, tuple(args.kernels))
-        python = launch_path.python_seconds(args.model, task, args.size, DTYPES[args.dtype])
+        python = launch_path_triton.python_seconds(args.model, task, args.size, DTYPES[args.dtype])
         tasks[task] = {"summary": summary(calls, rows), "python": python, "rows": rows}
     if args.choose:
         known = launch_triton.read_table(launch_triton.TABLE)

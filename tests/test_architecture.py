@@ -191,6 +191,6 @@ def test_shared_function_is_written_once(name):
     assert found == [WRITTEN_ONCE[name]]
 
 
-@pytest.mark.parametrize("path", ["main.py", "tools/loading.py", "visualize/subject.py"])
+@pytest.mark.parametrize("path", ["main.py", "tasks/trained.py", "visualize/subject.py"])
 def test_trained_models_are_loaded_by_one_function(path):
     assert "models.weights.load_for_inference" in IMPORTS[Path(path)]

@@ -15,8 +15,7 @@ _gather_on_cells  Where one token step is one table cell, an agent's gradients a
 _add_shifted      Adds up the shares, and the four sums by their shifts.
 _gather           At other sizes. Each cell asks which tokens read it, inverting sampling; sums (shares, m, Th, Tw).
 
-Every sum has a fixed order: no atomics. Pairs that do not meet a program's cells are skipped.
-"""
+Every sum has a fixed order: no atomics. Pairs that do not meet a program's cells are skipped."""
 
 import math
 from typing import Any

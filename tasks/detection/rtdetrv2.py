@@ -11,8 +11,8 @@ from runtime.errors import UsageError
 from .mask_rcnn import Target
 from .model import Batching
 
-QUERIES, DETECTIONS = 300, 100
-"""Boxes that are thought of per image, and those of them that are given out."""
+QUERIES, DETECTIONS, HEADS = 300, 100, 8
+"""Boxes that are thought of per image, and those of them that are given out; attention heads (the published ones)."""
 LOSSES = ("loss_vfl", "loss_bbox", "loss_giou")
 
 
@@ -26,11 +26,15 @@ def library() -> ModuleType:
     return transformers
 
 
-def rtdetrv2(body: nn.Module, widths: list[int], num_classes: int) -> "RTDETRv2":
+def rtdetrv2(body: nn.Module, widths: list[int], num_classes: int, channels: int = 256) -> "RTDETRv2":
     """RT-DETRv2 on the last three of four maps of these widths; class numbers from 0."""
+    if channels % HEADS:
+        raise UsageError(
+            f"--head rtdetrv2 attends by {HEADS} heads: --head_channels must be a multiple, not {channels}"
+        )
     if hasattr(body, "extra_norms"):
         body.extra_norms[0].requires_grad_(False)  # of the map that is not used: no gradient would ever come
-    return RTDETRv2(body, widths, num_classes)
+    return RTDETRv2(body, widths, num_classes, channels)
 
 
 class RTDETRv2(nn.Module):
@@ -39,7 +43,7 @@ class RTDETRv2(nn.Module):
     Input: normalised images (3, H, W) and, in training, targets (see `Target`), labels from 0.
     """
 
-    def __init__(self, body: nn.Module, widths: list[int], num_classes: int) -> None:
+    def __init__(self, body: nn.Module, widths: list[int], num_classes: int, channels: int) -> None:
         super().__init__()
         transformers = library()
         stages = {"hidden_sizes": widths, "depths": [1] * 4, "out_features": ["stage2", "stage3", "stage4"]}
@@ -47,6 +51,9 @@ class RTDETRv2(nn.Module):
             backbone_config=transformers.RTDetrResNetConfig(**stages, embedding_size=8, layer_type="basic"),
             freeze_backbone_batch_norms=False,
             num_labels=num_classes,
+            d_model=channels,
+            encoder_hidden_dim=channels,
+            decoder_in_channels=[channels] * 3,
         )
         whole = transformers.RTDetrV2ForObjectDetection(config)
         self.body, self.batching, self.detr, self.criterion = body, Batching(), whole.model, whole.loss_function

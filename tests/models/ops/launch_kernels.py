@@ -11,7 +11,7 @@ import torch
 import triton
 from attention_cases import Routed
 
-from benchmarks import launch_path
+from benchmarks import launch_path_triton
 from models.ops import routed_triton
 
 CASE = Routed(2, (7, 7), (8, 8), (8, 8), 2, 32, 4)
@@ -24,12 +24,12 @@ def main() -> None:
 
     def note(_kernel, *arguments):
         values = [list(x.shape) if isinstance(x, torch.Tensor) else x for x in arguments]
-        launched.append(values[launch_path.BEFORE_VALUES :])
+        launched.append(values[launch_path_triton.BEFORE_VALUES :])
 
     times = itertools.count(0, -1)
     with (
-        launch_path.launches_do_nothing(),
-        mock.patch.object(launch_path._Compiled, "run", note),
+        launch_path_triton.launches_do_nothing(),
+        mock.patch.object(launch_path_triton._Compiled, "run", note),
         mock.patch.object(triton.testing, "do_bench", lambda call, return_mode: call() or next(times)),
     ):
         for _ in range(2):
