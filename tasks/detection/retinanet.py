@@ -20,8 +20,10 @@ class P6P7(LastLevelP6P7):
         self.use_P5 = False
 
     def forward(self, p: list[Tensor], c: list[Tensor], names: list[str]) -> tuple[list[Tensor], list[str]]:
-        p6 = self.p6(c[-1])
-        return [*p, p6, self.p7(p6)], [*names, "p6", "p7"]
+        # On CPUs the weights' gradient of a strided convolution of a 1 x 1 map is garbage in bfloat16 (oneDNN's).
+        with torch.autocast("cpu", enabled=False):
+            p6 = self.p6(c[-1].to(self.p6.weight.dtype))
+            return [*p, p6, self.p7(p6)], [*names, "p6", "p7"]
 
 
 class OneStage(RetinaNet):

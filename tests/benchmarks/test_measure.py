@@ -2,6 +2,7 @@
 
 import json
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -13,10 +14,10 @@ from benchmarks.measure import (
     interleaved_seconds,
     machine_line,
     matrix_rate,
-    peak_bytes,
     read_result,
     write_result,
 )
+from benchmarks.memory import peak_memory
 from runtime.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -61,9 +62,12 @@ def test_matrix_rate_computes_the_product_in_both_libraries(monkeypatch):
     assert conv.numel() == matmul.numel()
 
 
-def test_peak_bytes_counts_what_is_freed_again():
-    peak = peak_bytes(lambda: torch.ones(64 * 2**20, dtype=torch.uint8), CPU)
-    assert 64 * 2**20 <= peak + 2**20 < 128 * 2**20
+def ones(device):
+    return partial(torch.ones, 64 * 2**20, dtype=torch.uint8, device=device)
+
+
+def test_peak_memory_counts_what_is_freed_again():
+    assert 64 * 2**20 <= peak_memory(ones, CPU) + 2**20 < 128 * 2**20
 
 
 def test_table_aligns_its_columns():
