@@ -108,7 +108,7 @@ class Classification(Task):
 
     def collate(self, samples: list[Sample]) -> Batch:
         batch = super().collate(samples)
-        return {"targets": batch.pop("target"), **batch}
+        return {"images": batch.pop("images"), "targets": batch.pop("target"), **batch}
 
     def order(self) -> dict[str, Any]:
         return {"data_set": self.opts.data_set, "repeated_aug": self.opts.repeated_aug}
