@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from visualize.insight import Watcher
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-AMP_DTYPES = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def run(options: Options) -> dict[str, Any]:
@@ -249,7 +248,7 @@ def build_watcher(options: Options, task: Task, data: Data, model: nn.Module) ->
 def precision_of(options: RunOptions, device: torch.device) -> Precision:
     """The number format of --amp; the published scripts always used fp16, on GPUs."""
     amp = options.amp if options.amp != "auto" else "fp16" if device.type == "cuda" else "none"
-    return Precision(device, AMP_DTYPES[amp])
+    return Precision(device, utils.AMP_DTYPES[amp])
 
 
 if __name__ == "__main__":

@@ -14,6 +14,9 @@ from torch import nn
 from runtime.distributed import DistInfo
 from runtime.errors import UsageError
 
+AMP_DTYPES = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+"""What autocast computes in, by --amp."""
+
 
 def choose_device(name: str, processes: DistInfo) -> torch.device:
     """The device of this process for --device `name`; auto takes a GPU if there is one. UsageError if it is missing."""

@@ -25,7 +25,7 @@ from runtime.errors import OneLineParser, UsageError, exit_on_error
 from tasks.options import Options, parse_args
 from utils import choose_device
 
-from .markdown import replace_between, table
+from .markdown import show, table
 
 BEGIN = "<!-- accuracy table: python -m benchmarks.accuracy_table -->"
 END = "<!-- end of accuracy table -->"
@@ -87,12 +87,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--write", type=Path, metavar="FILE", help=f"write the table between {BEGIN} and {END}")
     given, others = parser.parse_known_args(argv)
     result = accuracy_table(others)
-    if not find_processes().is_main:
-        return
-    if given.write:
-        replace_between(given.write, BEGIN, END, result)
-    else:
-        print(result)
+    if find_processes().is_main:
+        show(result, given.write, BEGIN, END)
 
 
 if __name__ == "__main__":

@@ -19,8 +19,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import utils
 from runtime import distributed
@@ -29,9 +27,10 @@ from runtime.options import RECIPES
 from tasks import Task, find_task
 from tasks.options import load_recipe
 
-from .markdown import replace_between, table
+from .markdown import show, table
 from .measure import describe_machine, interleaved_seconds, machine_line
 from .memory import peak_memory
+from .model_table import macs_of
 
 BEGIN = "<!-- dense table: python -m benchmarks.dense -->"
 END = "<!-- end of dense table -->"
@@ -48,14 +47,10 @@ def build(recipe: str) -> tuple[Task, nn.Module, tuple[int, int]]:
     return task, task.build_model().eval(), SIZES[options.task]
 
 
-@torch.no_grad()
 def count_macs(model: nn.Module, size: tuple[int, int]) -> int:
     """Multiply-accumulates of one image of (height, width). On the meta device this takes no memory."""
-    device = next(model.parameters()).device
-    # Fused attention is one operation that torch counts on some devices only; unfused, it is two matrix products.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        _run_layers(model, torch.empty(1, 3, *size, device=device))
-    return counter.get_total_flops() // 2
+    image = torch.empty(1, 3, *size, device=next(model.parameters()).device)
+    return macs_of(lambda: _run_layers(model, image))
 
 
 def _run_layers(model: nn.Module, image: Tensor) -> None:
@@ -131,10 +126,7 @@ def main() -> None:
     text = dense_table(args.recipes, measure)
     if args.measure:
         text += f"\n\n{machine_line(describe_machine(device))}"
-    if args.write:
-        replace_between(args.write, BEGIN, END, text)
-    else:
-        print(text)
+    show(text, args.write, BEGIN, END)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,14 @@ def replace_between(path: Path, begin: str, end: str, text: str) -> None:
     path.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 
+def show(text: str, file: Path | None, begin: str, end: str) -> None:
+    """Print `text`, or put it between two marks in a file."""
+    if file:
+        replace_between(file, begin, end, text)
+    else:
+        print(text)
+
+
 def print_or_write(program: str, description: str, begin: str, end: str, make: Callable[[], str]) -> None:
     """A command line that prints what `make` returns, or with --write FILE puts it between the marks of a file."""
     parser = OneLineParser(
@@ -33,7 +41,4 @@ def print_or_write(program: str, description: str, begin: str, end: str, make: C
     )
     parser.add_argument("--write", type=Path, metavar="FILE", help=f"write between {begin} and {end}")
     file = parser.parse_args().write
-    if file:
-        replace_between(file, begin, end, make())
-    else:
-        print(make())
+    show(make(), file, begin, end)

@@ -10,6 +10,7 @@ are often quoted, also counts five operations per element of a LayerNorm and two
 printed, DeBiFormer's to 0.2 %.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import timm
@@ -47,15 +48,20 @@ PUBLISHED = {
 }
 
 
-@torch.no_grad()
 def count_macs(model: nn.Module, input_size: int | None = None) -> int:
     """Multiply-accumulates of one image at native size, or of a square one. On the meta device this takes no memory."""
     device = next(model.parameters()).device
     shape = model.default_cfg["input_size"] if input_size is None else (3, input_size, input_size)
     image = torch.empty(1, *shape, device=device)
+    return macs_of(lambda: model.eval()(image))
+
+
+@torch.no_grad()
+def macs_of(action: Callable[[], object]) -> int:
+    """Multiply-accumulates of the convolutions and matrix products that an action makes."""
     # Fused attention is one operation that torch counts on some devices only; unfused, it is two matrix products.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model.eval()(image)
+        action()
     return counter.get_total_flops() // 2
 
 

@@ -167,9 +167,10 @@ def _loader(task: Task, options: RunOptions, dataset: Dataset, workers: int, **s
     )
 
 
-def _usable_workers(options: RunOptions) -> int:
+def usable_workers(asked: int) -> int:
+    """Return how many of the processes asked for are worth it: one per core that this process may use, at most."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # not on a Mac
-    return min(options.num_workers, cores)
+    return min(asked, cores)
 
 
 def _load_images(source: Dataset, task: Task, options: RunOptions, total_batch: int) -> tuple[DataLoader, int]:
@@ -177,14 +178,14 @@ def _load_images(source: Dataset, task: Task, options: RunOptions, total_batch: 
     updates = options.eval_every if options.iterations else None
     sampler = TrainSampler(len(source), total_batch, options.seed, task.repeats, task.info, updates)
     dataset = Transformed(source, task.transform(train=True), options.seed, options.max_image_pixels)
-    load = partial(_loader, task, options, dataset, _usable_workers(options))
+    load = partial(_loader, task, options, dataset, usable_workers(options.num_workers))
     return load(batch_size=options.batch_size, sampler=sampler, drop_last=True), sampler.length // total_batch
 
 
 def _load_stream(source: IterableDataset, task: Task, options: RunOptions) -> tuple[DataLoader, int]:
     """The same of a stream; all processes take as many workers and images."""
     info = task.info
-    workers = min(gather(source.usable_workers(_usable_workers(options), info), info))
+    workers = min(gather(source.usable_workers(usable_workers(options.num_workers), info), info))
     source.split(info, workers)
     source.transform, source.max_pixels = task.transform(train=True), options.max_image_pixels
     lengths = gather(len(source), info)  # timm's readers count this process's share alone
@@ -200,7 +201,7 @@ def _load_stream(source: IterableDataset, task: Task, options: RunOptions) -> tu
 
 def _load_test(source: Dataset, task: Task, options: RunOptions) -> tuple[DataLoader, bool]:
     """The evaluation loader, and whether each process evaluates its own share."""
-    workers = _usable_workers(options)
+    workers = usable_workers(options.num_workers)
     if isinstance(source, IterableDataset):
         # Split among processes, timm's streams may leave images out or repeat them: each process reads them all.
         source.split(DistInfo(), workers)

@@ -1,6 +1,5 @@
 """A task as a checkpoint of its run left it, for tools that use trained models."""
 
-import argparse
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -10,7 +9,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from models.weights import WeightsError, check_outline, load_for_inference, options_of, weights_of
+from models.weights import WeightsError, check_outline, load_for_inference, options_of, saved_options, weights_of
 
 from . import DEFAULT_TASK, Task, find_task
 from .options import Options, options_of_task
@@ -18,7 +17,7 @@ from .options import Options, options_of_task
 
 def task_name(checkpoint: Mapping[str, Any]) -> str:
     """Return the name of the task that a checkpoint was trained for; the default where nothing says."""
-    name = _saved(checkpoint).get("task")
+    name = saved_options(checkpoint).get("task")
     return name if isinstance(name, str) else DEFAULT_TASK
 
 
@@ -29,7 +28,7 @@ def trained_options(checkpoint: Mapping[str, Any], path: str | Path) -> Options:
         UsageError: its task is unknown.
         WeightsError: no training could have had these options.
     """
-    name, saved = task_name(checkpoint), _saved(checkpoint)
+    name, saved = task_name(checkpoint), saved_options(checkpoint)
     lasting = [spec.name for group in find_task(name).lasting for spec in fields(group)]
     own = {option: saved[option] for option in lasting if option in saved}
     try:
@@ -54,9 +53,3 @@ def restore(
     task.recall(checkpoint, weights, path)
     check_outline(task.build_model, weights, path)
     return task, load_for_inference(task.build_model(), weights, path)
-
-
-def _saved(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    saved = checkpoint.get("args")
-    saved = vars(saved) if isinstance(saved, argparse.Namespace) else saved
-    return saved if isinstance(saved, dict) else {}

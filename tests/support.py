@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,7 +18,8 @@ from torch import nn
 if not torch.cuda.is_available():  # read when Triton is first imported, which timm and torchvision do
     os.environ["TRITON_INTERPRET"] = "1"
 
-from models.weights import load_checkpoint
+import engine
+from models.weights import WeightsError, load_checkpoint
 from runtime.checkpoint import LAST
 from runtime.distributed import DistInfo
 from runtime.errors import UsageError
@@ -53,10 +55,21 @@ def has_trained(folder: Path) -> bool:
     return (content["epoch"], content["position"]) > (0, 0)
 
 
+def stop_after(monkeypatch: pytest.MonkeyPatch, updates: int) -> None:
+    """Have SIGTERM come in the middle of the update with this number."""
+    step, calls = engine.TrainStep.step, []
+
+    def counting(self, *args):
+        calls.append(None)
+        if len(calls) == updates:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, *args)
+
+    monkeypatch.setattr(engine.TrainStep, "step", counting)
+
+
 def complaint(function: Callable, *args: object) -> str:
     """The one line with which a function refuses what it was given."""
-    from models.weights import WeightsError  # imports Triton
-
     with pytest.raises((UsageError, WeightsError)) as error:
         function(*args)
     assert "\n" not in str(error.value)

@@ -17,7 +17,7 @@ import torch
 import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
-from support import ROOT, SMALL_RUN, command
+from support import ROOT, SMALL_RUN, command, stop_after
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import engine
@@ -143,20 +143,6 @@ def test_two_runs_give_identical_weights(small_options):
     for key in ("model", "model_ema"):
         assert_same_weights(*(weights(folder, key=key) for folder in folders))
     assert log_of(folders[0]) == log_of(folders[1])
-
-
-def stop_after(monkeypatch, updates):
-    """Sends this process SIGTERM when so many updates are done."""
-    step, done = main.TrainStep.step, 0
-
-    def counted(self, *args):
-        nonlocal done
-        done += 1
-        if done == updates:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, *args)
-
-    monkeypatch.setattr(main.TrainStep, "step", counted)
 
 
 @pytest.mark.parametrize("updates", [4, 6, 9, 12])

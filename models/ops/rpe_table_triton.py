@@ -15,7 +15,8 @@ _gather_on_cells  Where one token step is one table cell, an agent's gradients a
 _add_shifted      Adds up the shares, and the four sums by their shifts.
 _gather           At other sizes. Each cell asks which tokens read it, inverting sampling; sums (shares, m, Th, Tw).
 
-Every sum has a fixed order: no atomics. Pairs that do not meet a program's cells are skipped."""
+Every sum has a fixed order: no atomics. Pairs that do not meet a program's cells are skipped.
+"""
 
 import math
 from typing import Any
@@ -28,8 +29,7 @@ from torch import Tensor
 from .launch_triton import Block, Kernel, cdiv, padded
 from .tiles_triton import rounded
 
-PROGRAMS = 1024
-"""As many as fill a large GPU a few times; where there are fewer, the work of one is shared out."""
+PROGRAMS = 1024  # as many as fill a large GPU a few times; where there are fewer, the work of one is shared out
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 from .errors import WeightsError, WeightsMismatch
 from .fitting import check_fit, check_outline, checkpoint_filter_fn, load_for_inference, load_to_finetune, load_weights
-from .reading import AUXILIARY, count_classes, load_checkpoint, options_of, weights_of
+from .reading import AUXILIARY, count_classes, load_checkpoint, options_of, saved_options, weights_of
 
 __all__ = [
     "AUXILIARY",
@@ -17,5 +17,6 @@ __all__ = [
     "load_to_finetune",
     "load_weights",
     "options_of",
+    "saved_options",
     "weights_of",
 ]

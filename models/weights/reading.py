@@ -196,16 +196,22 @@ def is_plain(value: Any) -> bool:
     )
 
 
-def options_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the MODEL_OPTIONS that a checkpoint was trained with, without any of another type.
+def saved_options(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return whatever a checkpoint says of its training's options, unchecked.
 
     Authors save them as a Namespace, this project as a dictionary, some not at all.
-    WeightsError for a value that no training could have had.
     """
     saved = checkpoint.get("args")
     saved = vars(saved) if isinstance(saved, argparse.Namespace) else saved
-    saved = saved if isinstance(saved, dict) else {}
-    found = {}
+    return saved if isinstance(saved, dict) else {}
+
+
+def options_of(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the MODEL_OPTIONS that a checkpoint was trained with, without any of another type.
+
+    WeightsError for a value that no training could have had.
+    """
+    saved, found = saved_options(checkpoint), {}
     for name, (kind, sensible) in MODEL_OPTIONS.items():
         value = saved.get(name)
         if isinstance(value, kind) and not isinstance(value, bool):

@@ -52,6 +52,13 @@ class Batching(nn.Module):
         return result
 
 
+def on_three_maps(body: nn.Module) -> nn.Module:
+    """Return a body of four maps for a detector that takes the last three of them."""
+    if hasattr(body, "extra_norms"):
+        body.extra_norms[0].requires_grad_(False)  # of the map that is not used: no gradient would ever come
+    return body
+
+
 def mask_rcnn(
     body: nn.Module, widths: list[int], num_classes: int, channels: int = 256, sampled: int = 512
 ) -> GeneralizedRCNN:
@@ -62,7 +69,5 @@ def mask_rcnn(
 
 def retinanet(body: nn.Module, widths: list[int], num_classes: int, channels: int = 256) -> OneStage:
     """RetinaNet on the last three of four maps of these widths; class numbers from 0."""
-    if hasattr(body, "extra_norms"):
-        body.extra_norms[0].requires_grad_(False)  # of the map that is not used: no gradient would ever come
-    backbone = PyramidBackbone(body, widths[1:], P6P7(widths[-1], channels), channels)
+    backbone = PyramidBackbone(on_three_maps(body), widths[1:], P6P7(widths[-1], channels), channels)
     return OneStage(backbone, num_classes, Batching(), channels)

@@ -9,7 +9,7 @@ from torchvision.ops import box_convert, clip_boxes_to_image
 from runtime.errors import UsageError
 
 from .mask_rcnn import Target
-from .model import Batching
+from .model import Batching, on_three_maps
 
 QUERIES, DETECTIONS, HEADS = 300, 100, 8
 """Boxes that are thought of per image, and those of them that are given out; attention heads (the published ones)."""
@@ -32,9 +32,7 @@ def rtdetrv2(body: nn.Module, widths: list[int], num_classes: int, channels: int
         raise UsageError(
             f"--head rtdetrv2 attends by {HEADS} heads: --head_channels must be a multiple, not {channels}"
         )
-    if hasattr(body, "extra_norms"):
-        body.extra_norms[0].requires_grad_(False)  # of the map that is not used: no gradient would ever come
-    return RTDETRv2(body, widths, num_classes, channels)
+    return RTDETRv2(on_three_maps(body), widths, num_classes, channels)
 
 
 class RTDETRv2(nn.Module):

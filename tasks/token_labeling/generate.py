@@ -5,7 +5,6 @@ torchrun --nproc_per_node=8 -m tasks.token_labeling.generate ... (or srun) share
 """
 
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -35,7 +34,7 @@ from runtime.samplers import Key
 from tasks.classification.options import DataOptions
 from tasks.classification.sources import Samples, open_sources
 from tasks.classification.teacher import load_teacher
-from tasks.loading import Transformed
+from tasks.loading import Transformed, usable_workers
 
 from .maps import (
     INDEX,
@@ -56,7 +55,6 @@ STRIDE = 16
 """Pixels, of an image of the teacher's own size, from place to place."""
 KEPT = 5
 """Classes that are stored of each place."""
-AMP = {"none": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass
@@ -117,7 +115,7 @@ class GenerateOptions(DataOptions):
     shard_size: int = option(4096, "images per file", at_least=1)
     num_workers: int = option(10, "processes that load images, at most one per core", at_least=0)
     max_image_pixels: int = option(MAX_PIXELS, "larger images are refused", at_least=1)
-    amp: str = option("none", "number format of the teacher", choices=tuple(AMP))
+    amp: str = option("none", "number format of the teacher", choices=tuple(utils.AMP_DTYPES))
     device: str = option("auto", "auto (a GPU if there is one), cuda, cuda:N, mps or cpu")
 
 
@@ -157,7 +155,7 @@ def build_teacher(options: GenerateOptions, classes: Sequence[str], device: torc
         arguments = {**arguments, "img_size": side}
     model = load_teacher(name, path, options.num_classes or len(classes), "--teacher", **arguments)
     model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
-    return Teacher(model, pixels_of(name), side, device, AMP[options.amp])
+    return Teacher(model, pixels_of(name), side, device, utils.AMP_DTYPES[options.amp])
 
 
 def plan(options: GenerateOptions, source: Dataset, teacher: Teacher) -> Index:
@@ -228,8 +226,7 @@ def labelled(
         for number in shards
         for start in range(0, len(index.numbers(number)), size)
     ]
-    workers = min(options.num_workers, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1)
-    loader = iter(DataLoader(images, batch_sampler=batches, num_workers=workers))
+    loader = iter(DataLoader(images, batch_sampler=batches, num_workers=usable_workers(options.num_workers)))
     for number in shards:
         parts, left = [], len(index.numbers(number))
         while left:

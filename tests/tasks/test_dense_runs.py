@@ -1,17 +1,14 @@
 """Segmentation and detection, from files to figures, through `main.run`."""
 
 import json
-import os
-import signal
 
 import numpy as np
 import pytest
 import torch
 from dense_cases import HEADS, SMALL
 from PIL import Image
-from support import complaint
+from support import complaint, stop_after
 
-import engine
 import main
 from models.weights import load_checkpoint
 from runtime.checkpoint import BEST, LAST
@@ -36,19 +33,6 @@ def options_for(shapes, tmp_path):
         return parse_args([*SMALL, *HEADS[head], *where, *argv])
 
     return build
-
-
-def stop_after(monkeypatch, updates):
-    """SIGTERM in the middle of the update with this number."""
-    step, calls = engine.TrainStep.step, []
-
-    def counting(self, *args):
-        calls.append(None)
-        if len(calls) == updates:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, *args)
-
-    monkeypatch.setattr(engine.TrainStep, "step", counting)
 
 
 @pytest.mark.parametrize(

@@ -1,19 +1,16 @@
 """Token labelling from maps to figures, through `main.run`."""
 
-import os
 import shutil
-import signal
 
 import numpy as np
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from support import command, complaint
+from support import command, complaint, stop_after
 from timm.optim import param_groups_layer_decay
 from timm.utils import ModelEmaV3
 
-import engine
 import main
 from models.weights import load_checkpoint, load_weights, weights_of
 from runtime.checkpoint import BEST, LAST
@@ -59,19 +56,6 @@ def token_options(small_options, shared_maps, tmp_path):
         return small_options(*base, *argv)
 
     return build
-
-
-def stop_after(monkeypatch, updates):
-    """SIGTERM in the middle of the update with this number."""
-    step, calls = engine.TrainStep.step, []
-
-    def counting(self, *args):
-        calls.append(None)
-        if len(calls) == updates:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(self, *args)
-
-    monkeypatch.setattr(engine.TrainStep, "step", counting)
 
 
 def plain(num_classes=4):
