@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import pickle
+import random
 import shutil
 
 import numpy as np
@@ -18,7 +19,7 @@ from runtime.distributed import DistInfo
 from runtime.errors import UsageError
 from runtime.samplers import EvalSampler, Key, TrainSampler
 from tasks.classification.sources import Cifar100, Digits
-from tasks.classification.transforms import eval_transform
+from tasks.classification.transforms import eval_transform, train_transform
 from tasks.options import parse_args
 
 ALONE = DistInfo()
@@ -104,6 +105,17 @@ def test_reading_leaves_the_random_numbers_of_the_process_alone(shared_images):
     torch.manual_seed(1)
     images[Key(0)]
     assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 1), (2, 2), (3, 1)])
+def test_random_crops_of_tiny_images_have_a_pixel(small_options, size):
+    crop = train_transform(small_options()).transforms[0]
+    random.seed(0)
+    image = Image.new("RGB", size)
+    for _ in range(500):
+        top, left, height, width = crop.get_params(image, (0.01, 1.0), (3 / 4, 4 / 3))
+        assert 0 <= top < top + height <= image.height
+        assert 0 <= left < left + width <= image.width
 
 
 def test_workers_load_what_the_process_itself_would(shared_images):

@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import kill_often
@@ -94,9 +95,11 @@ def test_torchrun_waits_for_a_slow_checkpoint(on_two, tmp_path, signalled):
     for line in process.stdout:
         if line.startswith("epoch 1/1000  update 2/3"):
             break
+    signalled_at = time.monotonic()
     for pid in children(process.pid) if signalled == "ranks" else [process.pid]:
         os.kill(pid, signal.SIGTERM)
     _, errors = process.communicate(timeout=600)
+    assert time.monotonic() - signalled_at >= SECONDS_TO_SAVE
     assert "stopped; checkpoint in" in errors
     assert has_trained(tmp_path / "run")
     assert list((tmp_path / "run").glob(".*.tmp")) == []

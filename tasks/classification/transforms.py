@@ -4,10 +4,19 @@ from collections.abc import Callable
 from typing import Any
 
 from timm.data import create_transform
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torchvision import transforms
 
 from models.pixels import Pixels, pixels_of
 from runtime.errors import UsageError
+
+
+class RandomCrop(RandomResizedCropAndInterpolation):
+    """timm's random crop, of one pixel at least: of an image of 1 to 3 pixels timm may draw a crop that has none."""
+
+    def get_params(self, img: Any, scale: Any, ratio: Any) -> tuple[int, int, int, int]:
+        top, left, height, width = RandomResizedCropAndInterpolation.get_params(img, scale, ratio)
+        return min(top, img.height - 1), min(left, img.width - 1), max(height, 1), max(width, 1)
 
 
 def train_transform(options: Any) -> transforms.Compose:
@@ -31,6 +40,8 @@ def train_transform(options: Any) -> transforms.Compose:
         raise UsageError(f"--aa {options.aa} is not a policy of timm; try {known}") from error
     if _at_cifar_size(options.data_set, options.input_size):  # as published: shifted, not rescaled
         transform.transforms[0] = transforms.RandomCrop(options.input_size, padding=4)
+    elif isinstance(transform.transforms[0], RandomResizedCropAndInterpolation):
+        transform.transforms[0].__class__ = RandomCrop
     return transform
 
 

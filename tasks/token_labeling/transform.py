@@ -11,21 +11,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from timm.data.auto_augment import AugmentOp, AutoAugment, RandAugment
-from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import Tensor
 from torchvision.ops import roi_align
 from torchvision.transforms import Compose, RandomHorizontalFlip
 
 from runtime.errors import UsageError
+from tasks.classification.transforms import RandomCrop
 
 IDENTITY = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0))
 
 
-class RecordedCrop(RandomResizedCropAndInterpolation):
-    """timm's crop, which remembers its last one: `box`, left, top, right, bottom."""
+class RecordedCrop(RandomCrop):
+    """A random crop which remembers its last one: `box`, left, top, right, bottom."""
 
     def get_params(self, img: Any, scale: Any, ratio: Any) -> tuple[int, int, int, int]:
-        top, left, height, width = drawn = RandomResizedCropAndInterpolation.get_params(img, scale, ratio)
+        top, left, height, width = drawn = super().get_params(img, scale, ratio)
         self.box = (left / img.width, top / img.height, (left + width) / img.width, (top + height) / img.height)
         return drawn
 
@@ -81,7 +81,7 @@ class MapTransform:
     def __init__(self, transform: Compose, policy: str | None) -> None:
         self.transform, self.log, self.flip, self.depth = transform, [], None, 0
         for part in transform.transforms:
-            if isinstance(part, RandomResizedCropAndInterpolation):
+            if isinstance(part, RandomCrop):
                 part.__class__, self.crop = RecordedCrop, part
             elif isinstance(part, RandomHorizontalFlip):
                 part.__class__, self.flip = RecordedFlip, part

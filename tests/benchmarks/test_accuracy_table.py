@@ -4,6 +4,7 @@ import hashlib
 from unittest import mock
 
 import pytest
+import timm
 from released import NANO
 from support import ROOT, complaint, save_as_authors
 
@@ -34,7 +35,8 @@ def releases(tmp_path, published):
 def test_accuracy_table_measures_what_is_here_and_names_what_is_missing(releases, small_options, shared_images, capsys):
     argv = [*RUN, "--data_path", str(shared_images), "--release_dir", str(releases.parent)]
     rows = cells(accuracy_table.accuracy_table(argv))
-    options = small_options("--eval", "--resume", str(releases), "--input_size", "64", "--crop_pct", "1.0")
+    crop_pct = str(timm.get_pretrained_cfg(NANO).crop_pct)
+    options = small_options("--eval", "--resume", str(releases), "--input_size", "64", "--crop_pct", crop_pct)
     options.model_kwargs = {}
     expected = main.run(options)
     assert rows[NANO] == {

@@ -21,7 +21,7 @@ class Slow:
         if name == "torch" and not self.torch_seen:
             self.torch_seen = True
             time.sleep(IMPORTS / 2)
-        if name == "checkpoint" and SAVE:
+        if name == "runtime.checkpoint" and SAVE:
             import torch
 
             torch.save = slowly(torch.save)

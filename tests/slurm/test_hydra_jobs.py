@@ -138,7 +138,9 @@ def test_a_disturbed_job_goes_on_midway_the_epoch(cluster, submit, undisturbed, 
     job.results()
     epoch, image = map(int, re.search(r"Continuing from .*: epoch (\d), image (\d+)", text).groups())
     assert (epoch, image > 0) == (2, True)
-    assert cluster.job(int(job.job_id))["Restarts"] == "1"
+    # submitit preempts with two signals; the second may reach the job when it has come back already.
+    signals = 2 if disturb is preempt else 1
+    assert 1 <= int(cluster.job(int(job.job_id))["Restarts"]) <= signals
     assert_same_run(undisturbed, tmp_path / "run")
 
 

@@ -43,8 +43,10 @@ def open_folder(short_root):
 def test_job_waits_for_a_slow_checkpoint(cluster, open_folder, launcher):
     job = stop_often.Job(cluster, launcher, open_folder / "job", slow=0, save=SECONDS_TO_SAVE)
     wait_for_line(job.log, "epoch 1/3  update 2/11")
+    signalled_at = time.monotonic()
     cluster.call("scancel", "--signal=USR2", str(job.id))
     assert cluster.wait_for_state(job.id, "PENDING", "FAILED", "COMPLETED", timeout=600) == "PENDING"
+    assert time.monotonic() - signalled_at >= SECONDS_TO_SAVE
     assert has_trained(job.folder)
     assert list(job.folder.glob(".*.tmp")) == []
 
@@ -60,8 +62,10 @@ def test_srun_waits_for_a_slow_checkpoint(cluster, shared_images, tmp_path):
         env=cluster.env | slow,
     )
     wait_for_line(log, "epoch 1/1000  update 2/3")
+    signalled_at = time.monotonic()
     cluster.call("scancel", "--signal=USR2", "--name=plain")
     assert process.wait(timeout=600) == 75
+    assert time.monotonic() - signalled_at >= SECONDS_TO_SAVE
     assert has_trained(folder)
 
 
