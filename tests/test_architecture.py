@@ -95,7 +95,7 @@ def test_imports_are_read_as_python_resolves_them():
     }
 
 
-def test_the_reader_sees_the_known_imports_of_this_project():
+def test_reader_sees_the_known_imports_of_this_project():
     assert imports_of_project(Path("models/weights/reading.py")) == set()
     assert imports_of_project(Path("hydra_main.py")) == {"main", "runtime", "tasks"}
     assert "models.ops" in IMPORTS[Path("models/attention.py")]
@@ -106,13 +106,13 @@ def test_every_folder_and_module_is_in_the_picture():
 
 
 @pytest.mark.parametrize("path", FILES, ids=str)
-def test_a_file_imports_only_what_the_picture_allows(path):
+def test_file_imports_only_what_the_picture_allows(path):
     allowed = MAY_IMPORT.get(top_of(path), set()) | EXCEPTIONS.get(path.as_posix(), set())
     assert imports_of_project(path) <= allowed
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if top_of(path) not in KNOW_TASKS], ids=str)
-def test_the_run_knows_no_task(path):
+def test_run_knows_no_task(path):
     modules = {module_name(path) for path in FILES}
     known = {name for name in IMPORTS[path] & modules if name.split(".")[0] == "tasks"}
     assert known <= SEAM
@@ -157,7 +157,7 @@ def test_models_import_each_other_relatively(path):
     assert absolute & PROJECT == set()
 
 
-def test_a_run_loads_visualize_only_when_asked():
+def test_run_loads_visualize_only_when_asked():
     script = "import sys, main; sys.exit('visualize' in sys.modules or 'matplotlib' in sys.modules)"
     assert command("-c", script).returncode == 0
 

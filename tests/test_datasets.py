@@ -58,7 +58,7 @@ def test_any_number_of_processes_sees_the_same_stream(size, world_size, repeated
     assert stream(size, 12, world_size, epoch, start=half, repeated_aug=repeated_aug) == one[half:]
 
 
-def test_an_epoch_shows_each_image_once_in_a_new_order():
+def test_epoch_shows_each_image_once_in_a_new_order():
     first, second = stream(100, 10, 1, epoch=0), stream(100, 10, 1, epoch=1)
     assert sorted(key.index for key in first) == list(range(100))
     assert [key.index for key in first] != [key.index for key in second]

@@ -72,7 +72,7 @@ class Answers(nn.Module):
         return self.logits.expand(len(x), -1)
 
 
-def test_the_answer_can_be_sought_among_some_classes():
+def test_answer_can_be_sought_among_some_classes():
     answers, task = Answers([9.0, 1.0, 3.0, 2.0]), task_of(4)
     batches = [{"images": batches_of(1)[0]["images"], "targets": torch.tensor([2, 2, 3, 1])}]
     assert evaluate(task, answers, batches, Precision(CPU))["acc1"] == 0
@@ -111,7 +111,7 @@ def test_gradients_are_clipped():
     assert moved.norm().item() == pytest.approx(0.1 * 1e-3, rel=1e-3)
 
 
-def test_the_average_follows_the_weights():
+def test_average_follows_the_weights():
     model = linear_model()
     start = model[1].weight.clone()
     ema = ModelEmaV3(model, decay=0.75)
@@ -147,7 +147,7 @@ def test_mixed_precision_learns_on_the_cpu(dtype):
     assert stepper.precision.scaler.is_enabled() == (dtype == torch.float16)
 
 
-def test_a_loss_that_is_not_finite_is_placed():
+def test_loss_that_is_not_finite_is_placed():
     model = linear_model()
     batches = batches_of(4)
     batches[2]["images"][0, 0, 0, 0] = float("nan")
@@ -267,7 +267,7 @@ def test_pixels_are_normalised_on_the_device_as_timm_does_on_the_host():
     assert torch.equal(normalize(expected, Pixels()), expected)
 
 
-def test_a_training_run_erases_parts_of_its_images(small_options, monkeypatch):
+def test_training_run_erases_parts_of_its_images(small_options, monkeypatch):
     seen = []
 
     class Watching(RandomErasing):

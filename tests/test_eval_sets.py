@@ -158,7 +158,7 @@ def test_missing_folders_and_other_class_counts(options, words):
 
 
 @pytest.mark.parametrize("argv", [["--input_size", "64"], ["--input_size", "48", "--crop_pct", "1.0"]])
-def test_a_model_is_tested_at_another_resolution_than_it_was_trained_at(run_small, small_options, argv):
+def test_model_is_tested_at_another_resolution_than_it_was_trained_at(run_small, small_options, argv):
     """The position tables are resampled, as in fine-tuning."""
     folder = run_small("--epochs", "1")
     trained = main.run(small_options("--eval", "--resume", str(folder / BEST)))

@@ -21,7 +21,7 @@ assert torch.equal(model(x), twin(x))
 """
 
 
-def test_the_entry_points_are_the_models():
+def test_entry_points_are_the_models():
     """torch.hub lists whatever is callable there."""
     found = {name for name, value in vars(hubconf).items() if callable(value) and not name.startswith("_")}
     assert found == set(MODEL_NAMES)

@@ -34,7 +34,7 @@ def test_runs_of_a_sweep_have_folders_of_their_own_in_the_one_given():
     assert sweep_dir("mine", ["lr=1e-4", "output_dir=mine"], "now") == "mine/lr.1e-4/now"
 
 
-def test_an_output_folder_that_is_given_is_used():
+def test_output_folder_that_is_given_is_used():
     assert run_dir("runs/mine", PUBLISHED, "20230307-21:33:26") == "runs/mine"
 
 
@@ -54,7 +54,7 @@ def test_nothing_given_still_has_a_name():
     assert run_name([]) == "default"
 
 
-def test_the_example_profile_documents_every_key_and_its_default():
+def test_example_profile_documents_every_key_and_its_default():
     text = (ROOT / "configs" / "slurm" / "example.yaml").read_text()
     defaults = SlurmOptions()
     assert yaml.safe_load(text) == {spec.name: getattr(defaults, spec.name) for spec in fields(SlurmOptions)}
@@ -71,7 +71,7 @@ def hydra_overrides(images, folder):
     return overrides + [f"{name[2:]}={value}" for name, value in pairs if name.startswith("--") and name not in skipped]
 
 
-def test_the_same_command_runs_here_and_in_local_processes(shared_images, tmp_path):
+def test_same_command_runs_here_and_in_local_processes(shared_images, tmp_path):
     for launch in ([], ["+slurm=local", "slurm.ngpus=2", "wait=true", "dist_eval=true"]):
         folder = tmp_path / str(len(launch))
         done = command("hydra_main.py", *hydra_overrides(shared_images, folder), "epochs=1", *launch)

@@ -31,7 +31,7 @@ def on_two(shared_images, tmp_path):
     return lambda folder: [*SMALL_RUN, "--data_path", shared_images, "--output_dir", tmp_path / folder]
 
 
-def test_a_failing_process_shows_its_own_traceback_and_ends_the_others(on_two):
+def test_failing_process_shows_its_own_traceback_and_ends_the_others(on_two):
     done = command(*TORCHRUN, "--nproc_per_node=2", "tests/fail_midway.py", *on_two("run"))
     assert done.returncode == 1
     before, _, after = done.stderr.partition("ZeroDivisionError: a mistake in somebody's code")

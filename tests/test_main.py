@@ -63,7 +63,7 @@ def small_command(images, folder, *argv):
 # -- what a run leaves
 
 
-def test_a_run_leaves_what_its_user_looks_for(run_small, capsys):
+def test_run_leaves_what_its_user_looks_for(run_small, capsys):
     folder = run_small("--mixup", "0.8", "--epochs", "3")
     printed = capsys.readouterr().out
     names = {"checkpoint.pth", "best.pth", "log.txt", "curves.png", "options.yaml", "tf_record_log"}
@@ -84,7 +84,7 @@ def test_a_run_leaves_what_its_user_looks_for(run_small, capsys):
     assert {"loss", "perf/test_acc5", "perf/test_loss"} <= points.keys()
 
 
-def test_the_better_of_weights_and_average_is_kept(run_small):
+def test_better_of_weights_and_average_is_kept(run_small):
     folder = run_small("--epochs", "4")
     log = log_of(folder)
     best = load_checkpoint(folder / BEST)
@@ -149,7 +149,7 @@ def test_two_runs_give_identical_weights(small_options):
 @pytest.mark.parametrize(
     "extra", [[], ["--accum_steps", "3", "--amp", "bf16", "--clip_grad", "1"]], ids=["plain", "accumulating"]
 )
-def test_a_stopped_run_goes_on_as_if_nothing_had_happened(small_options, monkeypatch, updates, extra):
+def test_stopped_run_goes_on_as_if_nothing_had_happened(small_options, monkeypatch, updates, extra):
     argv = ["--epochs", "3", "--mixup", "0.5", "--drop_path", "0.2", "--print_freq", "1", *extra]
     whole = small_options(*argv)
     whole.output_dir += "-whole"
@@ -168,7 +168,7 @@ def test_a_stopped_run_goes_on_as_if_nothing_had_happened(small_options, monkeyp
     assert points_of(one) == points_of(two)
 
 
-def test_a_run_stopped_while_it_evaluates_goes_on_there(small_options, monkeypatch):
+def test_run_stopped_while_it_evaluates_goes_on_there(small_options, monkeypatch):
     whole = small_options()
     whole.output_dir += "-whole"
     main.run(whole)
@@ -202,14 +202,14 @@ def test_resuming_after_an_epoch_equals_not_stopping(run_small, small_options):
     assert log_of(main.Path(whole.output_dir)) == log_of(folder)
 
 
-def test_a_prolonged_run_follows_the_options_given_now(run_small):
+def test_prolonged_run_follows_the_options_given_now(run_small):
     run_small("--epochs", "2", "--lr", "1e-3")
     folder = run_small("--epochs", "4", "--lr", "2e-3")
     lowest, highest = 1e-5, 2e-3 * 8 / 512
     assert log_of(folder)[2]["train_lr"] == pytest.approx((lowest + highest) / 2)  # half the cosine over 4 epochs
 
 
-def test_a_finished_run_is_not_trained_again(run_small):
+def test_finished_run_is_not_trained_again(run_small):
     folder = run_small()
     before = weights(folder)
     folder = run_small()
@@ -217,7 +217,7 @@ def test_a_finished_run_is_not_trained_again(run_small):
     assert len(log_of(folder)) == 2
 
 
-def test_a_clock_writes_checkpoints_within_an_epoch(small_options, monkeypatch):
+def test_clock_writes_checkpoints_within_an_epoch(small_options, monkeypatch):
     places, save = [], main.RunFolder.save
     monkeypatch.setattr(
         main.RunFolder, "save", lambda self, content: (places.append(content["position"]), save(self, content))
@@ -252,7 +252,7 @@ def test_distillation_from_a_teacher(small_options, tmp_path, kind):
     assert taught != untaught
 
 
-def test_a_teacher_has_to_know_the_classes(small_options, monkeypatch):
+def test_teacher_has_to_know_the_classes(small_options, monkeypatch):
     create = timm.create_model
     options = small_options("--distillation_type", "soft", "--teacher_model", "resnet10t")
     monkeypatch.setattr(timm, "create_model", lambda name, pretrained=False, **kwargs: create(name, **kwargs))
@@ -308,7 +308,7 @@ def test_compiled_evaluation_agrees(run_small, small_options, monkeypatch):
     assert compiled == [(DeBiFormer, {"dynamic": False})]
 
 
-def test_the_backend_of_the_attention_is_told_once(shared_images, tmp_path):
+def test_backend_of_the_attention_is_told_once(shared_images, tmp_path):
     printed = command(*small_command(shared_images, tmp_path / "run", "--epochs", "2"))
     assert printed.stderr.splitlines().count("attention backend: torch (Triton is for GPUs)") == 1
 
@@ -466,7 +466,7 @@ def test_bad_input_gets_one_line_and_exit_code_2(tmp_path, argv, words):
         assert word in line
 
 
-def test_a_folder_of_another_run_is_not_overwritten(run_small):
+def test_folder_of_another_run_is_not_overwritten(run_small):
     folder = run_small("--epochs", "1")
     before = (folder / LAST).read_bytes()
     with pytest.raises(UsageError, match="is of debiformer_nano, not of biformer_tiny"):
@@ -485,7 +485,7 @@ def test_another_order_of_images_midway_an_epoch_is_refused(small_options, monke
         main.run(small_options("--batch_size", "16"))
 
 
-def test_a_mistake_that_comes_out_late_overwrites_nothing(run_small, shared_images):
+def test_mistake_that_comes_out_late_overwrites_nothing(run_small, shared_images):
     folder = run_small("--epochs", "1")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     done = command(*small_command(shared_images, folder, "--sched", "nope"))
@@ -503,7 +503,7 @@ def test_runs_may_share_a_tensorboard_folder(run_small, small_options, tmp_path)
     assert len(list(shared.iterdir())) == 2
 
 
-def test_a_tensorboard_folder_that_cannot_be_made_is_named(small_options, tmp_path):
+def test_tensorboard_folder_that_cannot_be_made_is_named(small_options, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=f"cannot write {tmp_path}/file: File exists; choose another --output_dir or"):
         main.run(small_options("--log_dir", str(tmp_path / "file")))
@@ -512,7 +512,7 @@ def test_a_tensorboard_folder_that_cannot_be_made_is_named(small_options, tmp_pa
 @pytest.mark.parametrize(
     ("argv", "words"), [(["--opt", "sgd"], "trained with --opt adamw"), (["--data_path"], "trained on other classes")]
 )
-def test_a_run_goes_on_only_as_what_it_was(run_small, image_folder, argv, words):
+def test_run_goes_on_only_as_what_it_was(run_small, image_folder, argv, words):
     run_small("--epochs", "1")
     if argv == ["--data_path"]:
         for split in ("train", "val"):
@@ -525,7 +525,7 @@ def test_a_run_goes_on_only_as_what_it_was(run_small, image_folder, argv, words)
 # -- the folder is the truth
 
 
-def test_the_folders_checkpoint_goes_before_resume(small_options, run_small, capsys):
+def test_folders_checkpoint_goes_before_resume(small_options, run_small, capsys):
     other = small_options(
         "--epochs", "1", "--output_dir", str(main.Path(small_options().output_dir).with_name("other"))
     )
@@ -541,7 +541,7 @@ def test_the_folders_checkpoint_goes_before_resume(small_options, run_small, cap
     assert f"Continuing from {elsewhere}: epoch 2, image 0" in capsys.readouterr().out
 
 
-def test_a_stopped_run_prints_a_command_that_goes_on(small_options, monkeypatch):
+def test_stopped_run_prints_a_command_that_goes_on(small_options, monkeypatch):
     options = small_options()
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
@@ -555,7 +555,7 @@ def test_a_stopped_run_prints_a_command_that_goes_on(small_options, monkeypatch)
     assert [record["epoch"] for record in [main.run(again)]] == [1]
 
 
-def test_a_mistake_leaves_no_folder(small_options):
+def test_mistake_leaves_no_folder(small_options):
     options = small_options()
     options.sched = "nope"
     with pytest.raises(UsageError):
@@ -563,7 +563,7 @@ def test_a_mistake_leaves_no_folder(small_options):
     assert not main.Path(options.output_dir).exists()
 
 
-def test_a_second_run_in_a_folder_is_refused(run_small):
+def test_second_run_in_a_folder_is_refused(run_small):
     folder = run_small("--epochs", "1")
     held = lock(folder)
     try:
@@ -590,7 +590,7 @@ def test_another_number_of_images_is_noticed(image_folder, small_options, monkey
     assert "note: the data had 48 training images when" in capsys.readouterr().err
 
 
-def test_a_resumed_checkpoint_does_not_stay_in_memory(run_small, monkeypatch):
+def test_resumed_checkpoint_does_not_stay_in_memory(run_small, monkeypatch):
     run_small("--epochs", "1")
     step, held = main.TrainStep.step, []
 
@@ -604,7 +604,7 @@ def test_a_resumed_checkpoint_does_not_stay_in_memory(run_small, monkeypatch):
     assert held == []
 
 
-def test_an_earlier_versions_checkpoint_before_evaluation_goes_on(small_options, run_small):
+def test_earlier_versions_checkpoint_before_evaluation_goes_on(small_options, run_small):
     """It stood at the last image of the epoch, and may go on with another batch."""
     folder = run_small("--epochs", "1")
     content = load_checkpoint(folder / LAST)

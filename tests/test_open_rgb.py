@@ -52,12 +52,12 @@ def test_training_evaluation_and_pictures_read_the_same_pixels(tmp_path, name):
     assert np.abs(rows.astype(int) - gradient()[: len(rows)]).mean() < 6
 
 
-def test_a_damaged_exif_block_does_no_harm(tmp_path):
+def test_damaged_exif_block_does_no_harm(tmp_path):
     Image.fromarray(gradient()).save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff" + b"\x07" * 40)
     assert open_rgb(tmp_path / "a.jpg").size == (40, 32)
 
 
-def test_a_constant_negative_image_is_no_division_by_zero(tmp_path):
+def test_constant_negative_image_is_no_division_by_zero(tmp_path):
     Image.fromarray(np.full((9, 9), -3, np.float32)).save(tmp_path / "flat.tiff")
     assert open_rgb(tmp_path / "flat.tiff").getextrema() == ((0, 0),) * 3
 
@@ -79,14 +79,14 @@ def test_images_of_excessive_size_are_refused_before_they_are_decoded(tmp_path, 
     assert complaint(keyed.__getitem__, Key(0)).startswith(f"cannot read image {path}: it {words}")
 
 
-def test_the_bound_on_pixels_is_an_option(image_folder):
+def test_bound_on_pixels_is_an_option(image_folder):
     options = ["--data_path", str(image_folder), "--no_repeated_aug", "--max_image_pixels"]
     data = build_data(parse_args([*SMALL_RUN, *options, "1000"]), DistInfo(), CPU)
     with pytest.raises(UsageError, match=r"has 44x40 pixels, more than 1,000 in all; shrink it \(--max_image_pixels\)"):
         next(iter(data.train))
 
 
-def test_a_larger_bound_reads_larger_images(tmp_path, monkeypatch):
+def test_larger_bound_reads_larger_images(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
     path = tmp_path / "a.png"
     Image.new("L", (30, 30)).save(path)
@@ -95,7 +95,7 @@ def test_a_larger_bound_reads_larger_images(tmp_path, monkeypatch):
     assert open_rgb(path, 900).size == (30, 30)
 
 
-def test_a_fifo_is_no_image(tmp_path):
+def test_fifo_is_no_image(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with pytest.raises(ImageRefused, match="is no regular file"):
         open_rgb(tmp_path / "pipe.png")
@@ -116,7 +116,7 @@ def failing_image(tmp_path):
     return link
 
 
-def test_an_image_is_read_again_when_the_storage_has_failed(failing_image, monkeypatch):
+def test_image_is_read_again_when_the_storage_has_failed(failing_image, monkeypatch):
     pauses = []
 
     def recover(seconds):
@@ -148,7 +148,7 @@ def test_storage_that_goes_on_failing_ends_the_run_to_be_tried_again(
     assert line.startswith(f"main.py: error: cannot read image {image}: the storage fails ([Errno 5]")
 
 
-def test_a_missing_image_is_not_waited_for(tmp_path, monkeypatch):
+def test_missing_image_is_not_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(runtime.storage.time, "sleep", None)
     keyed = keyed_images(tmp_path / "none.png")
     assert "FileNotFoundError" in complaint(keyed.__getitem__, Key(0))

@@ -64,7 +64,7 @@ def test_shards_are_trained_on_and_evaluated_whole(tmp_path):
     assert sorted(seen.tolist()) == list(range(48))
 
 
-def test_an_epoch_of_a_stream_is_the_same_when_it_begins_again(tmp_path):
+def test_epoch_of_a_stream_is_the_same_when_it_begins_again(tmp_path):
     write_shards(tmp_path, 2)
     went_on, begun_again = (build_data(options_for(tmp_path), DistInfo(), CPU) for _ in range(2))
     first = epoch_of(went_on, 0)
@@ -96,7 +96,7 @@ def test_no_more_workers_than_shards_for_each_process(tmp_path):
         stream.usable_workers(10, DistInfo(0, 6))
 
 
-def test_a_stream_of_one_shard_trains_all_updates_with_two_workers(tmp_path):
+def test_stream_of_one_shard_trains_all_updates_with_two_workers(tmp_path):
     options = options_for(write_shards(tmp_path, 1), "--num_workers", 2)
     data = build_data(options, DistInfo(), CPU)
     assert data.train.num_workers == 1
@@ -134,7 +134,7 @@ def test_unusable_samples_are_named(tmp_path, content, words):
     assert "\n" not in str(error.value)
 
 
-def test_a_torn_shard_is_named(tmp_path):
+def test_torn_shard_is_named(tmp_path):
     shard = write_shards(tmp_path, 1) / "images-train-0000.tar"
     shard.write_bytes(shard.read_bytes()[:5000])
     with pytest.raises(UsageError, match=r"a shard is damaged .*images-train-0000\.tar"):

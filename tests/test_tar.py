@@ -34,7 +34,7 @@ def pack(folder, root, arcname="."):
 
 
 @pytest.mark.parametrize("arcname", [".", "some/where"])
-def test_a_tar_file_is_read_as_the_folder_it_was_made_of(image_folder, tmp_path, arcname):
+def test_tar_file_is_read_as_the_folder_it_was_made_of(image_folder, tmp_path, arcname):
     for split in ("train", "val"):
         for number, name in enumerate(CLASSES):  # names that sort otherwise as numbers than as letters
             (image_folder / split / name).rename(image_folder / split / f"class{(2, 10, 1, 9)[number]}")
@@ -104,7 +104,7 @@ def test_two_processes_train_on_a_tar_file(shared_images, tmp_path):
     assert failed.stderr.count(f"main.py: error: {tmp_path / 'data' / 'val.tar'} is no uncompressed tar archive") == 2
 
 
-def test_the_index_of_a_large_file_is_kept_in_the_cache(shared_images, tmp_path, monkeypatch):
+def test_index_of_a_large_file_is_kept_in_the_cache(shared_images, tmp_path, monkeypatch):
     monkeypatch.setattr(runtime.tar, "CACHED_FROM", 10)
     path, cache = pack(shared_images, tmp_path / "data") / "train.tar", tmp_path / "cache"
     first = TarFiles(path, SUFFIXES, cache)

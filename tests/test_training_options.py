@@ -57,7 +57,7 @@ def test_names_and_rates_are_refused_before_data_is_read(argv, words):
     assert re.match(words, complaint(main.run, options))
 
 
-def test_a_policy_of_augmentation_that_is_wrong_ends_in_one_line(tmp_path):
+def test_policy_of_augmentation_that_is_wrong_ends_in_one_line(tmp_path):
     done = command("main.py", "--model", "debiformer_nano", "--data_path", tmp_path, "--device", "cpu", "--aa", "foo")
     assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
     assert done.stderr.startswith("main.py: error: --aa foo")
@@ -94,7 +94,7 @@ def test_multistep_decays_at_its_milestones():
     assert rates_of(options, 512) == pytest.approx([1, 1, 0.1, 0.1, 0.1, 0.01, 0.01, 0.01])
 
 
-def test_a_schedule_that_hardly_decays_is_told():
+def test_schedule_that_hardly_decays_is_told():
     options = Options(lr=1e-4, model_ema=False)
     (note,) = training_notes(options, 64, 1000)
     assert "only falls from 1.25e-05 (--lr 0.0001 for 64 images per update) to --min_lr 1e-05" in note
@@ -114,7 +114,7 @@ def test_position_tables_decay_where_the_published_code_lets_them():
         assert {g["weight_decay"] for g in groups for p in g["params"] if id(p) in tables} == {decay}
 
 
-def test_a_bound_of_0_clips_no_gradient(run_small, small_options):
+def test_bound_of_0_clips_no_gradient(run_small, small_options):
     plain = run_small("--epochs", "1")
     options = small_options("--epochs", "1", "--clip_grad", "0")
     options.output_dir += "-0"
@@ -150,7 +150,7 @@ def averaged(warmup, updates, decay):
 
 
 @pytest.mark.parametrize("warmup", [True, False])
-def test_the_average_warms_up_unless_it_shall_be_as_published(warmup):
+def test_average_warms_up_unless_it_shall_be_as_published(warmup):
     averages, weights = averaged(warmup, 12, decay=0.6)
     expected = weights[0]
     for count, (average, new) in enumerate(zip(averages, weights[1:], strict=True), start=1):
@@ -197,7 +197,7 @@ def test_drop_path_is_what_was_given_0_included(rate):
         )
 
 
-def test_a_model_without_drop_path_is_refused_only_if_it_was_asked_for(capsys):
+def test_model_without_drop_path_is_refused_only_if_it_was_asked_for(capsys):
     with torch.device("meta"):
         assert isinstance(build_model(Options(model="vgg11"), 10), timm.models.VGG)
         assert "vgg11 has no stochastic depth: --drop_path 0.1 has no effect" in capsys.readouterr().err
@@ -210,13 +210,13 @@ def test_a_model_without_drop_path_is_refused_only_if_it_was_asked_for(capsys):
 @pytest.mark.parametrize(
     ("model", "close"), [("debiformer_nano", "n_win"), ("biformer_tiny", "n_win"), ("hrnet_w18", None)]
 )
-def test_an_unknown_argument_of_the_model_is_named_with_the_closest(model, close):
+def test_unknown_argument_of_the_model_is_named_with_the_closest(model, close):
     message = complaint(build_model, Options(model=model, drop_path=0.0, model_kwargs={"nwin": 5}), 10)
     assert message.startswith(f"--model_kwargs: {model}: it takes no argument nwin; ")
     assert close is None or message.endswith(f"did you mean {close}?")
 
 
-def test_a_teacher_that_cannot_be_downloaded_is_told_in_one_line(shared_images, tmp_path):
+def test_teacher_that_cannot_be_downloaded_is_told_in_one_line(shared_images, tmp_path):
     run = ["main.py", *SMALL_RUN, "--data_path", shared_images, "--output_dir", tmp_path / "run"]
     unreachable = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "cache")}
     done = command(*run, "--distillation_type", "soft", "--num_classes", "1000", **unreachable)

@@ -60,7 +60,7 @@ def test_update_schedules_give_the_published_rates(argv, updates, expected):
         assert optimizer.param_groups[-1]["lr"] == pytest.approx(rate, rel=1e-9, abs=1e-18), number
 
 
-def test_an_endless_stream_is_one_permutation_after_another_wherever_it_is_entered():
+def test_endless_stream_is_one_permutation_after_another_wherever_it_is_entered():
     def keys(epoch, start=0, info=DistInfo()):  # noqa: B008
         sampler = TrainSampler(10, 4, 0, 1, info, updates=3)
         sampler.set_position(epoch, start)

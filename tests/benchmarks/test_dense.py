@@ -19,7 +19,7 @@ def test_every_recipe_has_a_row():
 
 
 @pytest.mark.parametrize("recipe", ["debiformer_tiny_semantic_fpn_ade20k", "debiformer_tiny_retinanet_coco"])
-def test_the_table_is_what_the_command_prints(recipe):
+def test_table_is_what_the_command_prints(recipe):
     header, rule, row = dense.dense_table([recipe]).splitlines()
     assert {header, rule, row} <= set(ROWS)
 

@@ -59,7 +59,7 @@ def test_committed_sums_are_those_of_their_rows_and_within_bounds():
         assert not any(row["spilled"] for row in rows)
 
 
-def test_the_launchers_table_holds_blocks_of_the_committed_figures():
+def test_launchers_table_holds_blocks_of_the_committed_figures():
     """So that none of them spills: the figures say how many bytes each one does."""
     seen = {
         (row["kernel"], row["class"], tuple(row["block"])) for t in COMMITTED["tasks"].values() for row in t["rows"]

@@ -74,7 +74,7 @@ def test_equal_shapes_of_several_models_are_measured_once():
     assert len([where for where in found.values() if where == ["debiformer_small dense"]]) >= 10
 
 
-def test_the_command_measures_and_writes(tmp_path, capsys):
+def test_command_measures_and_writes(tmp_path, capsys):
     options = ("--models", "debiformer_nano", "--no_dense", "--batch_size", "1", "--repeats", "1", "--threads", "1")
     bench.main([*options, "--device", "cpu", "--write", "--results", str(tmp_path)])
     result = json.loads((tmp_path / "ops-cpu.json").read_text())

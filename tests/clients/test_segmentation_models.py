@@ -9,7 +9,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 
 
 @pytest.mark.parametrize("decoder", [smp.Unet, smp.UPerNet], ids=lambda decoder: decoder.__name__)
-def test_a_decoder_trains_and_is_evaluated(scenes, decoder):
+def test_decoder_trains_and_is_evaluated(scenes, decoder):
     model = decoder("tu-debiformer_nano", encoder_weights=None, classes=3)
     loss = smp.losses.DiceLoss("multiclass")
     train(model, lambda: loss(model(scenes.images), scenes.regions))

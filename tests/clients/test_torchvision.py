@@ -68,7 +68,7 @@ FEW = {"rpn_post_nms_top_n_train": 50, "rpn_post_nms_top_n_test": 10, "box_batch
         (RetinaNet, Extracted, {"anchor_generator": anchors(4)}),
     ],
 )
-def test_a_detector_trains_and_is_evaluated(scenes, detector, backbone, extra):
+def test_detector_trains_and_is_evaluated(scenes, detector, backbone, extra):
     model = timm.create_model("debiformer_nano", num_classes=0)
     body = backbone(model, [info["num_chs"] for info in model.feature_info])
     pixels = {"min_size": 64, "max_size": 96, "image_mean": [0.0] * 3, "image_std": [1.0] * 3}

@@ -102,7 +102,7 @@ def test_rtdetrv2_trains_and_is_evaluated(scenes):
     assert 0 <= metric.compute()["map"] <= 1
 
 
-def test_the_trainer_trains_evaluates_and_saves_a_classifier(scenes, tmp_path):
+def test_trainer_trains_evaluates_and_saves_a_classifier(scenes, tmp_path):
     model = TimmWrapperForImageClassification(TimmWrapperConfig(architecture="debiformer_nano", num_labels=2))
     data = [{"pixel_values": image, "labels": label} for label, image in enumerate(scenes.images)]
     arguments = TrainingArguments(

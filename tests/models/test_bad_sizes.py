@@ -77,7 +77,7 @@ def test_models_declare_the_grids_they_cut(name, windows):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", SMALL_WINDOWS)
-def test_a_size_is_refused_exactly_when_the_attention_would_pad(name, monkeypatch):
+def test_size_is_refused_exactly_when_the_attention_would_pad(name, monkeypatch):
     model = strict(name, **SMALL_WINDOWS[name])
     padded = []
     pad = ops.pad_to_multiple
@@ -116,7 +116,7 @@ def test_a_size_is_refused_exactly_when_the_attention_would_pad(name, monkeypatc
         (448, 336, 1, "width", "224 or 445"),
     ],
 )
-def test_the_error_names_the_size_the_stage_and_the_nearest_sizes(height, width, stage, axis, nearest):
+def test_error_names_the_size_the_stage_and_the_nearest_sizes(height, width, stage, axis, nearest):
     with pytest.raises(
         ValueError,
         match=f"^image size {height}x{width}: stage {stage} cannot .* {axis} .* 7 windows; "
@@ -126,7 +126,7 @@ def test_the_error_names_the_size_the_stage_and_the_nearest_sizes(height, width,
 
 
 @pytest.mark.parametrize(("side", "stage"), [(28, 2), (56, 3), (112, 4), (27, 2), (111, 4)])
-def test_the_error_names_the_first_stage_that_fails(side, stage):
+def test_error_names_the_first_stage_that_fails(side, stage):
     plain_windows = {"n_win": 7, "grid_strides": [(1,)] * 4}
     assert first_stage_that_pads(side, **plain_windows) == stage
     with pytest.raises(ValueError, match=f"stage {stage} "):
@@ -137,7 +137,7 @@ def test_the_error_names_the_first_stage_that_fails(side, stage):
 @pytest.mark.parametrize("method", ["__call__", "forward_features", "forward_intermediates"])
 @pytest.mark.parametrize("size", [(70, 64), (64, 140), (40, 40)])
 @pytest.mark.parametrize("name", ["debiformer_nano", "maxvit_stl"])
-def test_the_proposed_sizes_work_and_none_lies_between(name, size, method):
+def test_proposed_sizes_work_and_none_lies_between(name, size, method):
     model = strict(name, **SMALL_WINDOWS[name])
     run = getattr(model, method)
     with pytest.raises(ValueError, match="image size") as caught:

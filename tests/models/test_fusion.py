@@ -40,7 +40,7 @@ def test_nothing_is_left_to_fuse(name):
 
 
 @torch.no_grad()
-def test_the_model_itself_is_left_alone():
+def test_model_itself_is_left_alone():
     model, x = create("debiformer_nano"), images(1, 64, 64)
     state, out = copy.deepcopy(model.state_dict()), model(x)
     fused = models.fuse(model)
@@ -68,7 +68,7 @@ def test_timm_fuses_the_same_way():
 
 @torch.no_grad()
 @pytest.mark.parametrize("size", [3, 5])
-def test_the_identity_is_in_the_kernel(size):
+def test_identity_is_in_the_kernel(size):
     layer = fill(ResidualDepthwiseConv(4, size))
     fused = layer.fuse()
     assert type(fused) is DepthwiseConv

@@ -103,7 +103,7 @@ def wait_for_line(job, pattern, timeout=600):
     raise TimeoutError(f"{pattern!r} was not printed:\n{text}\n{job.paths.stderr.read_text()}")
 
 
-def test_a_job_trains_to_the_same_weights_as_torchrun(cluster, undisturbed, tmp_path):
+def test_job_trains_to_the_same_weights_as_torchrun(cluster, undisturbed, tmp_path):
     done = command(*for_hydra(tmp_path / "run", "wait=true"), **cluster.env)
     assert done.returncode == 0, done.stderr
     for words in (
@@ -129,7 +129,7 @@ def run_out_of_time(cluster, job):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("disturb", [requeue, preempt, run_out_of_time])
-def test_a_disturbed_job_goes_on_midway_the_epoch(cluster, submit, undisturbed, tmp_path, disturb):
+def test_disturbed_job_goes_on_midway_the_epoch(cluster, submit, undisturbed, tmp_path, disturb):
     # In one case images are loaded in processes of their own, which get the signals, too.
     job = submit(f"num_workers={1 if disturb is preempt else 0}")
     wait_for_line(job, r"epoch 2/2  update 2/22")
@@ -145,7 +145,7 @@ def test_a_disturbed_job_goes_on_midway_the_epoch(cluster, submit, undisturbed, 
 
 
 @pytest.mark.slow
-def test_a_job_preempted_by_another_one_comes_back(cluster, submit, undisturbed, tmp_path):
+def test_job_preempted_by_another_one_comes_back(cluster, submit, undisturbed, tmp_path):
     job = submit("slurm.partition=main")
     wait_for_line(job, r"epoch 1/2  update 3/22")
     other = cluster.submit("-p", "high", "-N2", "--exclusive", "--wrap", "sleep 1", cwd=tmp_path)
@@ -168,7 +168,7 @@ def test_after_the_last_requeue_the_checkpoint_stands_and_the_log_says_how_to_go
     assert_same_run(undisturbed, tmp_path / "run")
 
 
-def test_a_dead_process_takes_the_others_down(cluster, submit):
+def test_dead_process_takes_the_others_down(cluster, submit):
     job = submit("epochs=1000")
     wait_for_line(job, r"epoch 1/1000  update 2/22")
     victim = next(pid for pid, name in ranks_of(cluster).items() if name == "2")
@@ -176,7 +176,7 @@ def test_a_dead_process_takes_the_others_down(cluster, submit):
     assert cluster.wait_for_state(int(job.job_id), "FAILED", timeout=600) == "FAILED"
 
 
-def test_a_process_that_fails_under_plain_srun_is_heard_first(cluster, shared_images, tmp_path):
+def test_process_that_fails_under_plain_srun_is_heard_first(cluster, shared_images, tmp_path):
     run = [*SMALL_RUN, "--data_path", shared_images, "--output_dir", tmp_path / "run"]
     with pytest.raises(RuntimeError) as failure:
         cluster.call("srun", "-N2", sys.executable, "tests/fail_midway.py", *map(str, run), cwd=ROOT, timeout=600)
@@ -186,7 +186,7 @@ def test_a_process_that_fails_under_plain_srun_is_heard_first(cluster, shared_im
 
 
 @pytest.mark.slow
-def test_a_job_that_runs_into_its_time_limit_goes_on(cluster, submit, tmp_path):
+def test_job_that_runs_into_its_time_limit_goes_on(cluster, submit, tmp_path):
     """By the clock: Slurm sends the warning signal itself, before a limit of one minute."""
     job = submit("slurm.timeout=0.0167", "slurm.signal_delay=30", "slurm.ngpus=1", "epochs=1000")
     text = wait_for_line(job, r"Continuing from .*checkpoint.pth: epoch \d+, image [1-9]\d*", timeout=600)
@@ -209,7 +209,7 @@ def ranks_of(cluster):
     return ranks
 
 
-def test_a_mistake_of_the_user_comes_back_as_one_line(cluster, tmp_path):
+def test_mistake_of_the_user_comes_back_as_one_line(cluster, tmp_path):
     done = command(*for_hydra(tmp_path / "run", "wait=true", "batch_size=2000"), **cluster.env)
     assert done.returncode == 2
     assert done.stderr.strip().splitlines() == [
@@ -225,7 +225,7 @@ def test_slurms_own_words_when_it_refuses(cluster, tmp_path):
     assert "invalid partition specified: moon" in line
 
 
-def test_a_controller_that_does_not_answer_is_named(cluster, tmp_path):
+def test_controller_that_does_not_answer_is_named(cluster, tmp_path):
     conf = tmp_path / "slurm.conf"
     text = re.sub(r"SlurmctldPort=\d+", "SlurmctldPort=1", Path(cluster.env["SLURM_CONF"]).read_text())
     conf.write_text(f"{text}\nMessageTimeout=2\n")

@@ -37,7 +37,7 @@ def test_gpus_are_handed_out(cluster):
     assert devices == ["0,1", "0,1"]
 
 
-def test_a_failing_command_is_reported_with_its_message(cluster):
+def test_failing_command_is_reported_with_its_message(cluster):
     with pytest.raises(RuntimeError, match="Invalid partition"):
         cluster.call("srun", "--partition=nowhere", "true")
 
@@ -112,7 +112,7 @@ def test_unsuitable_roots_are_refused(short_root, path, message):
         LocalCluster(short_root / path).start()
 
 
-def test_a_daemon_that_fails_is_reported_with_its_log(slurm_installed, short_root, monkeypatch):
+def test_daemon_that_fails_is_reported_with_its_log(slurm_installed, short_root, monkeypatch):
     conf = LocalCluster._slurm_conf
     monkeypatch.setattr(LocalCluster, "_slurm_conf", lambda self: conf(self) + "NoSuchOption=1\n")
     with pytest.raises(RuntimeError, match="NoSuchOption"):

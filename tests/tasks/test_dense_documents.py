@@ -16,12 +16,12 @@ COMMANDS = [
 ]
 
 
-def test_the_documents_have_commands():
+def test_documents_have_commands():
     assert {name for name, _ in COMMANDS} == {"README.md", "DENSE.md"}
 
 
 @pytest.mark.parametrize(("name", "line"), COMMANDS)
-def test_a_documented_command_keeps_to_its_recipes_batch(name, line):
+def test_documented_command_keeps_to_its_recipes_batch(name, line):
     launcher, _, rest = line.partition("main.py ")
     options = parse_args(shlex.split(rest))
     processes = int(re.search(r"nproc_per_node=(\d+)", launcher)[1]) if "torchrun" in launcher else 1

@@ -38,7 +38,7 @@ def options_for(shapes, tmp_path):
 @pytest.mark.parametrize(
     "head", ["semantic_fpn", "upernet", "retinanet", "rtdetrv2", pytest.param("mask_rcnn", marks=slow)]
 )
-def test_a_dense_run_resumes_midway_and_evaluates_as_it_trained(options_for, monkeypatch, head):
+def test_dense_run_resumes_midway_and_evaluates_as_it_trained(options_for, monkeypatch, head):
     whole, stopped = options_for(head, folder="whole"), options_for(head)
     main.run(whole)
     with monkeypatch.context() as patch:
@@ -62,14 +62,14 @@ def test_a_dense_run_resumes_midway_and_evaluates_as_it_trained(options_for, mon
 @pytest.mark.parametrize(
     "head", ["semantic_fpn", "retinanet", *(pytest.param(head, marks=slow) for head in ("rtdetrv2", "mask_rcnn"))]
 )
-def test_a_dense_run_trains_in_half_precision(options_for, head):
+def test_dense_run_trains_in_half_precision(options_for, head):
     options = options_for(head, "--amp", "bf16", "--epochs", "1")
     main.run(options)
     log = json.loads((main.Path(options.output_dir) / "log.txt").read_text())
     assert 0 < log["train_loss"] < 100
 
 
-def test_a_run_counted_in_updates_resumes_midway(options_for, monkeypatch):
+def test_run_counted_in_updates_resumes_midway(options_for, monkeypatch):
     updates = ["--iterations", "6", "--eval_every", "3", "--warmup_updates", "2", "--sched", "poly"]
     whole, stopped = (options_for("semantic_fpn", *updates, folder=folder) for folder in ("whole", "run"))
     main.run(whole)
@@ -101,7 +101,7 @@ def test_frozen_batch_norm_keeps_statistics_and_weights(options_for):
 
 
 @pytest.mark.parametrize("head", ["semantic_fpn", "retinanet"])
-def test_a_dense_run_starts_from_a_classification_or_another_dense_model(options_for, tmp_path, head):
+def test_dense_run_starts_from_a_classification_or_another_dense_model(options_for, tmp_path, head):
     import timm
 
     kwargs = {"embed_dims": (16, 32, 48, 64), "depths": (1, 1, 1, 1), "img_size": 32, "num_classes": 7}
@@ -220,7 +220,7 @@ def test_detection_takes_category_numbers_with_holes(options_for, own_shapes):
     assert evaluator.compute()["AP_box"] == pytest.approx(100)
 
 
-def test_an_evaluation_without_detections_is_zero(options_for):
+def test_evaluation_without_detections_is_zero(options_for):
     from tasks.detection.task import Detection
 
     task = Detection(options_for("mask_rcnn"))

@@ -13,7 +13,7 @@ from tools import make_shapes
 RECIPES = {"segmentation": "debiformer_nano_semantic_fpn_shapes", "detection": "debiformer_nano_mask_rcnn_shapes"}
 
 
-def test_the_shapes_are_the_same_each_time(tmp_path):
+def test_shapes_are_the_same_each_time(tmp_path):
     contents = []
     for root in (tmp_path / "one", tmp_path / "two"):
         make_shapes.write(root, train=2, val=1, size=96)
@@ -23,14 +23,14 @@ def test_the_shapes_are_the_same_each_time(tmp_path):
 
 
 @pytest.mark.parametrize("recipe", RECIPES.values())
-def test_the_quickstarts_recipes_train_with_their_own_batch_and_data(recipe):
+def test_quickstarts_recipes_train_with_their_own_batch_and_data(recipe):
     options = load_recipe(recipe)
     assert options.batch_size == options.recipe_batch
     assert options.data_path == "data/shapes"
 
 
 @pytest.mark.parametrize("head", ["mask_rcnn", "retinanet"])
-def test_a_narrow_detector_is_narrow_throughout(tmp_path, head):
+def test_narrow_detector_is_narrow_throughout(tmp_path, head):
     make_shapes.write(tmp_path, train=1, val=1, size=64)
     argv = ["--task", "detection", "--head", head, "--head_channels", "16", "--data_path", str(tmp_path)]
     task = Detection(parse_args([*SMALL, *argv]))
@@ -63,7 +63,7 @@ def test_resize_ratio_decides_the_size_of_what_is_cropped(factor):
     assert torch.equal((labels == 0).any(0).sum(), torch.tensor(int(40 * factor)))
 
 
-def test_a_resize_ratio_from_large_to_small_is_refused(capsys):
+def test_resize_ratio_from_large_to_small_is_refused(capsys):
     with pytest.raises(SystemExit):
         parse_args(["--task", "segmentation", "--resize_ratio", "2", "0.5"])
     assert "resize_ratio" in capsys.readouterr().err

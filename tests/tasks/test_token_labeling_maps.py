@@ -97,7 +97,7 @@ def test_complete_shards_are_kept_and_the_others_made_again(make):
     assert os.stat(folder / "shard-00001.safetensors").st_mtime_ns == kept
 
 
-def test_an_interrupted_job_goes_on_without_an_index(make):
+def test_interrupted_job_goes_on_without_an_index(make):
     whole = contents(make())
     half = make(info=DistInfo(0, 2), output="half")
     assert sorted(contents(half)) == ["shard-00000.safetensors", "shard-00002.safetensors"]
@@ -138,7 +138,7 @@ def test_teachers_of_either_layout_of_memory(teacher_name):
     assert torch.allclose(values.float(), expected.gather(1, indices.long()), atol=4e-3)
 
 
-def test_a_teacher_without_a_map_is_refused():
+def test_teacher_without_a_map_is_refused():
     model = timm.create_model("vit_tiny_patch16_224", num_classes=4, img_size=32, depth=1).eval()
     teacher = generate.Teacher(model, pixels_of("vit_tiny_patch16_224"), 32, torch.device("cpu"))
     assert "--teacher: its last features are no map" in complaint(
@@ -149,7 +149,7 @@ def test_a_teacher_without_a_map_is_refused():
 # -- bad input
 
 
-def test_a_missing_or_torn_shard_is_named(make, image_folder):
+def test_missing_or_torn_shard_is_named(make, image_folder):
     folder = make()
     path = folder / "shard-00001.safetensors"
     content = path.read_bytes()
@@ -196,7 +196,7 @@ def test_no_maps_and_a_damaged_index_are_told(make, image_folder, tmp_path):
         assert "is damaged" in refused(tmp_path / "maps", image_folder)
 
 
-def test_a_teacher_of_other_classes_is_refused(make, image_folder, teacher, tmp_path):
+def test_teacher_of_other_classes_is_refused(make, image_folder, teacher, tmp_path):
     content = torch.load(teacher)
     torch.save({**content, "classes": ["cat", "dog", "pig", "owl"]}, tmp_path / "other.pth")
     assert "was trained on other classes" in complaint(make, "--teacher_path", str(tmp_path / "other.pth"))
@@ -207,7 +207,7 @@ def test_a_teacher_of_other_classes_is_refused(make, image_folder, teacher, tmp_
     assert "--input_size 60 is no multiple of 32" in complaint(make, "--input_size", "60")
 
 
-def test_a_command_line_without_a_teacher_is_refused(capsys):
+def test_command_line_without_a_teacher_is_refused(capsys):
     with pytest.raises(SystemExit):
         generate.parse(["--output", "maps"])
     assert "--teacher is missing" in capsys.readouterr().err

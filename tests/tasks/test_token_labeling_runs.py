@@ -62,7 +62,7 @@ def plain(num_classes=4):
     return timm.create_model("debiformer_nano", num_classes=num_classes, img_size=64, **KWARGS)
 
 
-def test_a_run_resumes_midway_to_the_same_bits_and_saves_a_plain_model(token_options, monkeypatch, small_options):
+def test_run_resumes_midway_to_the_same_bits_and_saves_a_plain_model(token_options, monkeypatch, small_options):
     whole, stopped = token_options("--tl_stage3", folder="whole"), token_options("--tl_stage3")
     main.run(whole)
     with monkeypatch.context() as patch:
@@ -94,7 +94,7 @@ def test_a_run_resumes_midway_to_the_same_bits_and_saves_a_plain_model(token_opt
     assert "lacks auxiliary.last.bias" in complaint(main.run, token_options(*blended, str(best)))
 
 
-def test_a_run_trains_from_published_maps_in_half_precision(token_options, shared_images, tmp_path):
+def test_run_trains_from_published_maps_in_half_precision(token_options, shared_images, tmp_path):
     generator = torch.Generator().manual_seed(0)
     for path in sorted((shared_images / "train").glob("*/*.png")):
         numbers = torch.randint(0, 4, (5, 18, 18), generator=generator)
@@ -162,7 +162,7 @@ def test_auxiliary_classifiers_leave_the_model_what_it_is(name):
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_a_model_without_maps_is_refused(token_options):
+def test_model_without_maps_is_refused(token_options):
     options = token_options("--model", "vit_tiny_patch16_224", "--drop_path", "0")
     options.model_kwargs = {"depth": 1}
     assert "its last features are no map" in complaint(main.run, options)
@@ -213,7 +213,7 @@ def test_mixing_targets_is_to_the_loss_what_undoing_the_mix_of_answers_is():
     assert torch.allclose((mixed.movedim(1, -1) * answers).sum(), (targets.movedim(1, -1) * undone).sum())
 
 
-def test_the_loss_is_the_weighted_sum_of_its_parts(token_options):
+def test_loss_is_the_weighted_sum_of_its_parts(token_options):
     task = TokenLabeling(token_options("--tl_cls_weight", "2", "--tl_dense_weight", "0.25"))
     logits, tokens = torch.randn(2, 4), [torch.randn(2, 2, 2, 4), torch.randn(2, 4, 4, 4)]
     batch = {"targets": torch.rand(2, 4), "tokens": [torch.rand(2, 4, 2, 2), torch.rand(2, 4, 4, 4)]}
@@ -242,7 +242,7 @@ def test_options_that_contradict_each_other(token_options, capsys, argv, words):
     assert words in capsys.readouterr().err
 
 
-def test_a_run_with_maps_of_other_data_ends_before_it_begins(token_options, image_folder, tmp_path):
+def test_run_with_maps_of_other_data_ends_before_it_begins(token_options, image_folder, tmp_path):
     shutil.copy(image_folder / "train/cat/0.png", image_folder / "train/cat/another.png")
     options = token_options("--data_path", str(image_folder))
     assert "no map of train/cat/another.png, the first of 1 of 49" in complaint(main.run, options)

@@ -94,7 +94,7 @@ def test_moves_that_do_nothing_leave_the_crop_as_it_is():
     assert (plain - moved).abs().max() < 1e-6
 
 
-def test_the_image_is_the_one_that_classification_draws():
+def test_image_is_the_one_that_classification_draws():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 70, 3), dtype=np.uint8))
     ours, plain = pickle.loads(pickle.dumps(transform_of())), train_transform(options())
     for number in range(40):
@@ -144,7 +144,7 @@ def test_every_token_is_told_the_place_that_its_pixels_show(policy):
     assert ((found - shown)[:, 2].abs()).max() < 0.08  # of points against pixels along a slanted frame
 
 
-def test_a_crop_in_one_corner_reads_that_corner():
+def test_crop_in_one_corner_reads_that_corner():
     transform = transform_of("--aa", "none", "--hflip", "0", "--color_jitter", "null", "--scale", "0.1", "0.1")
     with seeded(4):
         sample = transform({"image": places_image(300, 200)})

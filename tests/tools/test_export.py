@@ -58,7 +58,7 @@ def test_packages_that_are_missing_are_named(tmp_path, monkeypatch):
         export.export(load_model("debiformer_nano"), "onnx", tmp_path / "model.onnx")
 
 
-def test_a_model_that_torch_cannot_export_is_reported_in_one_line(tmp_path):
+def test_model_that_torch_cannot_export_is_reported_in_one_line(tmp_path):
     loaded = load_model("debiformer_nano")
     loaded.model.head = torch.nn.Identity()
     loaded.model.head.forward = lambda x: x if x.sum() > 0 else -x
@@ -110,7 +110,7 @@ def test_timm_builds_every_family_from_an_exported_folder(name, tmp_path):
 
 
 @torch.no_grad()
-def test_a_hugging_face_folder_says_all_about_a_trained_model(checkpoint, tmp_path):
+def test_hugging_face_folder_says_all_about_a_trained_model(checkpoint, tmp_path):
     loaded = load_model("debiformer_nano", str(checkpoint))
     folder = tmp_path / "repo"
     export.export(loaded, "hf", folder)
@@ -189,7 +189,7 @@ def test_bad_command_lines_get_one_line(capsys, argv, words):
     assert words in line
 
 
-def test_the_command_prints_and_ends_as_documented(tmp_path):
+def test_command_prints_and_ends_as_documented(tmp_path):
     run = ["-m", "tools.export", "--model", "debiformer_nano", "--format", "safetensors", "--output"]
     printed = command(*run, tmp_path / "new" / "model.safetensors")
     assert (printed.returncode, printed.stderr) == (0, "")

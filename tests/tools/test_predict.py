@@ -20,7 +20,7 @@ def lines_of(capsys, *argv):
     return capsys.readouterr().out.splitlines()
 
 
-def test_a_trained_model_names_what_it_sees(checkpoint, images_by_class, capsys):
+def test_trained_model_names_what_it_sees(checkpoint, images_by_class, capsys):
     lines = lines_of(capsys, *images_by_class.values(), "--model", "debiformer_nano", "--checkpoint", checkpoint)
     blocks = [lines[i : i + 5] for i in range(0, len(lines), 5)]
     for (path, *ranked), (name, image) in zip(blocks, images_by_class.items(), strict=True):
@@ -144,7 +144,7 @@ def test_bad_input_is_refused_in_one_line(checkpoint, images_by_class, capsys, a
         assert word in message
 
 
-def test_the_command_prints_and_ends_as_documented(checkpoint, images_by_class, tmp_path):
+def test_command_prints_and_ends_as_documented(checkpoint, images_by_class, tmp_path):
     run = ["-m", "tools.predict", images_by_class["dog"], "--model", "debiformer_nano", "--checkpoint"]
     printed = command(*run, checkpoint)
     assert (printed.returncode, printed.stderr) == (0, "")

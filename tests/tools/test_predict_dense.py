@@ -78,7 +78,7 @@ def test_objects_are_those_that_evaluation_finds(saved, photo, tmp_path, capsys,
     assert (picture != original).any()
 
 
-def test_an_image_without_objects_is_drawn_as_it_is(saved, photo, tmp_path, capsys):
+def test_image_without_objects_is_drawn_as_it_is(saved, photo, tmp_path, capsys):
     lines = lines_of(capsys, photo, "--checkpoint", saved["mask_rcnn"][2], "--output", tmp_path, "--least", "1")
     assert lines[1:] == ["  no objects", f"  drawn: {tmp_path}/0000.png"]
     assert (np.asarray(Image.open(tmp_path / "0000.png")) == np.asarray(Image.open(photo))).all()
@@ -154,7 +154,7 @@ def test_what_cannot_be_drawn_is_told_in_a_line(saved, shapes, extra, words):
         ({"args": {"model": None}}, "pass --model"),
     ],
 )
-def test_a_checkpoint_that_is_odd_is_told_in_a_line(saved, photo, tmp_path, change, words):
+def test_checkpoint_that_is_odd_is_told_in_a_line(saved, photo, tmp_path, change, words):
     content = load_checkpoint(saved["semantic_fpn"][2])
     args = {**content["args"], **change.get("args", {})}
     torch.save({**content, **change, "args": args}, tmp_path / "odd.pth")

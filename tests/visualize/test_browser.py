@@ -205,7 +205,7 @@ def test_nothing_leaves_the_machine(visit, outside):
     assert "system-ui" in fonts
 
 
-def test_a_trained_checkpoint_can_be_chosen(visit):
+def test_trained_checkpoint_can_be_chosen(visit):
     one = visit()
     shown = one.panels()
     one.page.click("input[aria-label='Checkpoint']")

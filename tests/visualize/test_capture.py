@@ -21,7 +21,7 @@ def hooks_of(model):
     return [hooks for m in model.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks) if hooks]
 
 
-def test_a_capture_leaves_model_and_output_as_they_were(model):
+def test_capture_leaves_model_and_output_as_they_were(model):
     with torch.no_grad():
         before = model(IMAGE)
     found = capture(model, IMAGE)
@@ -32,7 +32,7 @@ def test_a_capture_leaves_model_and_output_as_they_were(model):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_mode_is_kept_and_nothing_is_learnt(model, training):
+def test_mode_is_kept_and_nothing_is_learnt(model, training):
     model.train(training)
     state = {name: value.clone() for name, value in model.state_dict().items()}
     capture(model, IMAGE)
@@ -46,7 +46,7 @@ def test_hooks_go_when_the_model_fails(model):
     assert hooks_of(model) == []
 
 
-def test_a_compiled_model_is_watched_too(model):
+def test_compiled_model_is_watched_too(model):
     plain = capture(model, IMAGE)
     model.compile(backend="eager")
     found = capture(model, IMAGE)
@@ -86,6 +86,6 @@ def test_places_that_do_not_exist(model, place, words):
         capture(model, IMAGE).block(*place)
 
 
-def test_a_model_without_routing_is_refused():
+def test_model_without_routing_is_refused():
     with pytest.raises(UsageError, match="resnet18 has no routing"):
         check_readable(timm.create_model("resnet18"), "resnet18")

@@ -66,7 +66,7 @@ def test_images_are_shown_in_their_own_proportions(saved, size, tmp_path):
     assert min(view.size) <= 32
 
 
-def test_the_attention_is_that_of_the_whole_model(saved):
+def test_attention_is_that_of_the_whole_model(saved):
     subject, photo = load_subject(checkpoint=saved["semantic_fpn"]), Image.fromarray(gradient())
     found = subject.capture(subject.view(photo))
     expected = {}
@@ -96,6 +96,6 @@ def test_what_a_dense_model_cannot_show_is_told_in_a_line(saved, photo, tmp_path
     assert words in complaint(main, argv)
 
 
-def test_the_page_refuses_what_is_no_classifier(saved):
+def test_page_refuses_what_is_no_classifier(saved):
     choice = session.Choice("debiformer_nano", str(saved["mask_rcnn"]))
     assert "is no classifier's" in complaint(session.subject_of, choice)

@@ -68,7 +68,7 @@ def test_panels_of_the_chosen_class_leave_no_gradients():
 @pytest.mark.parametrize(
     ("missing", "words"), [("pytorch_grad_cam", "needs grad-cam: pip install"), ("captum.attr", "needs captum: pip")]
 )
-def test_a_missing_library_is_one_line(monkeypatch, missing, words):
+def test_missing_library_is_one_line(monkeypatch, missing, words):
     monkeypatch.setitem(sys.modules, missing, None)
     ask = evidence.grad_cam if "grad" in missing else evidence.integrated_gradients
     with pytest.raises(UsageError, match=words) as caught:

@@ -65,7 +65,7 @@ def test_folders_and_missing_files(tmp_path):
 
 
 @pytest.mark.parametrize("crop_pct", [1.0, 224 / 256])
-def test_the_view_is_the_evaluation_view(crop_pct):
+def test_view_is_the_evaluation_view(crop_pct):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (81, 123, 3), np.uint8))
     pixels = Pixels(crop_pct=crop_pct)
     expected = normalize(eval_transform(Options(input_size=64, crop_pct=crop_pct))(image)[None], pixels)[0]

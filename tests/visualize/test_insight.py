@@ -69,7 +69,7 @@ def test_saturation_counts_agents_at_the_edge_of_the_picture_but_no_padding(laye
     assert warnings_of(with_maps(layer, positions=padded, agents=(ha - 1, wa)))[name] == 0
 
 
-def test_a_look_has_numbers_and_pictures_of_every_stage(nano):
+def test_look_has_numbers_and_pictures_of_every_stage(nano):
     found = Watcher(nano, "debiformer_nano", IMAGES, Pixels()).collect()
     kinds = ("routing_entropy", "windows_unread")
     places = [f"stage_{stage}_{who}" for stage in (1, 2, 3) for who in ("tokens", "agents")] + ["stage_4_agents"]
@@ -92,7 +92,7 @@ def test_numbers_are_means_over_images_and_blocks(nano):
     assert found.scalars[name] == pytest.approx(sum(values) / 4)
 
 
-def test_a_look_changes_no_random_number_and_no_weight(nano):
+def test_look_changes_no_random_number_and_no_weight(nano):
     nano.train()
     state, weights = torch.get_rng_state(), {name: value.clone() for name, value in nano.state_dict().items()}
     Watcher(nano, "debiformer_nano", IMAGES, Pixels()).collect()
@@ -128,7 +128,7 @@ def steps(events, kind, tag):
 
 
 @pytest.mark.parametrize("killed", [False, True], ids=["undisturbed", "killed"])
-def test_a_run_shows_its_attention_every_n_epochs(small_options, killed, monkeypatch):
+def test_run_shows_its_attention_every_n_epochs(small_options, killed, monkeypatch):
     """Also after it was killed between the pictures of an epoch and its checkpoint."""
     options = small_options("--log_attention", "2", "--epochs", "4")
     if killed:
@@ -178,7 +178,7 @@ def test_without_it_there_is_nothing_of_attention(run_small):
     assert not any(tag.startswith("attention") for tag in tags["scalars"])
 
 
-def test_a_model_without_attention_is_refused_before_training(small_options, tmp_path):
+def test_model_without_attention_is_refused_before_training(small_options, tmp_path):
     options = small_options("--log_attention", "1")
     options.model, options.model_kwargs = "resnet18", {}
     with pytest.raises(UsageError, match="--log_attention: resnet18 has no routing"):

@@ -104,18 +104,18 @@ def server(tmp_path_factory):
     assert server.log.read_text() == ""
 
 
-def test_a_barred_temporary_folder_of_gradio_does_not_matter(server):
+def test_barred_temporary_folder_of_gradio_does_not_matter(server):
     assert "<figure>" in server.visit().do("begin")
 
 
 @pytest.mark.parametrize(
     "data", [None, {}, {"index": [1]}, {"index": ["a", "b"]}, {"index": [float("nan"), 1]}, "text"]
 )
-def test_a_click_without_a_place_gets_a_sentence(server, data):
+def test_click_without_a_place_gets_a_sentence(server, data):
     assert "a click needs the two coordinates of a pixel" in server.visit().do("click", event_data=data)
 
 
-def test_a_session_whose_name_is_no_text_is_refused(server):
+def test_session_whose_name_is_no_text_is_refused(server):
     assert server.visit("\ud800").join("begin").status_code == 400
 
 
@@ -129,7 +129,7 @@ def test_one_session_cannot_fill_the_queue(server):
     assert "<figure>" in other.do("begin")
 
 
-def test_an_upload_is_gone_once_it_is_read(server, tmp_path):
+def test_upload_is_gone_once_it_is_read(server, tmp_path):
     visit = server.visit()
     image = tmp_path / "mine.png"
     Image.new("RGB", (64, 64)).save(image)
@@ -142,7 +142,7 @@ def test_an_upload_is_gone_once_it_is_read(server, tmp_path):
         assert visit.http.get(f"/file={path}").status_code == 403
 
 
-def test_an_upload_is_bounded(server):
+def test_upload_is_bounded(server):
     for length, code in ((f"Content-Length: {LARGEST_UPLOAD + 1}", 413), ("Transfer-Encoding: chunked", 411)):
         with begin_upload(server, length) as connection:
             assert connection.recv(20).startswith(f"HTTP/1.1 {code}".encode())
@@ -165,7 +165,7 @@ def begin_upload(server, length):
     return connection
 
 
-def test_a_signal_leaves_nothing_behind(tmp_path):
+def test_signal_leaves_nothing_behind(tmp_path):
     server = Server(tmp_path, "--host", "0.0.0.0", "--auth", "me:secret")
     assert server.own_folder.stat().st_mode & 0o077 == 0
     assert httpx.get(f"{server.address}/config").status_code == 401

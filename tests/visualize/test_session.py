@@ -76,14 +76,14 @@ def visitor(page):
     return Visitor(page)
 
 
-def test_a_new_visitor_sees_a_photograph_and_that_the_weights_are_untrained(page, visitor):
+def test_new_visitor_sees_a_photograph_and_that_the_weights_are_untrained(page, visitor):
     assert visitor.message == ""
     assert visitor.panels.count("<figure>") == 5
     assert f"<strong>{UNTRAINED}</strong>" in visitor.sees[page.facts]
     assert visitor.sees[page.point] == "32,32"
 
 
-def test_a_click_changes_the_panels(visitor):
+def test_click_changes_the_panels(visitor):
     before = visitor.panels
     visitor.do("click", at(10, 440))
     assert visitor.sees[visitor.page.point] == "1,62"
@@ -106,7 +106,7 @@ def test_settings_change_the_panels_and_offer_what_there_is(page, visitor, train
     assert visitor.desk.choice.head is None
 
 
-def test_the_report_is_the_visitors_own(page, visitor):
+def test_report_is_the_visitors_own(page, visitor):
     other = Visitor(page, "two").do("pick_sample", "flower")
     visitor.do("click", at(3, 3))
     reports = [Path(one.sees[page.download]).read_text(encoding="utf-8") for one in (visitor, other)]
@@ -144,7 +144,7 @@ def test_unusable_uploads_get_a_sentence_and_the_page_goes_on(page, visitor, tmp
     assert visitor.message == ""
 
 
-def test_an_upload_is_deleted_once_it_is_read(page, visitor):
+def test_upload_is_deleted_once_it_is_read(page, visitor):
     folder = page.storage.folder / "hash"
     folder.mkdir()
     for name in ("seen.png", "refused.txt"):
@@ -191,13 +191,13 @@ def test_what_does_not_exist_gets_a_sentence_and_nothing_changes(page, visitor, 
     assert visitor.sees[page.stage] == 3
 
 
-def test_a_checkpoint_of_another_model_gets_a_sentence(visitor, trained):
+def test_checkpoint_of_another_model_gets_a_sentence(visitor, trained):
     visitor.do("choose", "biformer_tiny", trained, 3)
     assert "is of debiformer_nano, not of biformer_tiny" in visitor.message
     assert visitor.sees[visitor.page.model] == "debiformer_nano"
 
 
-def test_a_visitor_whose_state_was_dropped_starts_anew(visitor):
+def test_visitor_whose_state_was_dropped_starts_anew(visitor):
     visitor.desk = None
     visitor.do("type_point", "5,6")
     assert visitor.message == ""
@@ -220,7 +220,7 @@ def test_large_photos_are_kept_small(tmp_path):
     assert max(photo.image.size) == session.PHOTO_SIDE
 
 
-def test_a_click_runs_no_second_forward_pass(monkeypatch):
+def test_click_runs_no_second_forward_pass(monkeypatch):
     photo = session.samples()["china"]
     first = session.answer(photo, replace(NANO, stage=1))
     monkeypatch.setattr(type(first.subject), "capture", None)
@@ -228,7 +228,7 @@ def test_a_click_runs_no_second_forward_pass(monkeypatch):
     session.answer(photo, replace(NANO, stage=4, head=1))
 
 
-def test_a_checkpoint_that_was_written_anew_is_loaded_anew(trained):
+def test_checkpoint_that_was_written_anew_is_loaded_anew(trained):
     choice = replace(NANO, checkpoint=trained)
     before = session.subject_of(choice)
     assert session.subject_of(choice) is before
@@ -237,7 +237,7 @@ def test_a_checkpoint_that_was_written_anew_is_loaded_anew(trained):
     assert session.subject_of(choice).classes == ["owl", "pig"]
 
 
-def test_a_pass_that_takes_too_long_is_given_up():
+def test_pass_that_takes_too_long_is_given_up():
     model = timm.create_model("debiformer_nano").eval()
     slow = model.stages[1].register_forward_pre_hook(lambda module, args: time.sleep(0.2))
     image = torch.zeros(1, 3, 64, 64)

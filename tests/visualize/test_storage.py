@@ -56,7 +56,7 @@ def test_sweep_keeps_the_newest_within_the_bound():
         assert [path.exists() for path in files] == [False, False, False, True, True]
 
 
-def test_a_visitor_has_one_report_and_each_has_a_path_of_its_own():
+def test_visitor_has_one_report_and_each_has_a_path_of_its_own():
     with Storage() as storage:
         first, other = storage.write_report("one", "first"), storage.write_report("two", "other")
         second = storage.write_report("one", "second")

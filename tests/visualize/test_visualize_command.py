@@ -80,7 +80,7 @@ def test_untrained_weights_are_announced_everywhere(photo, tmp_path, capsys):
     assert f"<strong>{UNTRAINED}</strong>" in (tmp_path / "out" / "photo" / "report.html").read_text()
 
 
-def test_a_checkpoint_is_shown_what_its_evaluation_saw(trained, tmp_path):
+def test_checkpoint_is_shown_what_its_evaluation_saw(trained, tmp_path):
     content = torch.load(trained)
     for data_set, crop_pct, expected in (("IMNET", None, 0.875), ("CIFAR", None, 1.0), ("IMNET", 0.9, 0.9)):
         args = {**content["args"], "data_set": data_set, "crop_pct": crop_pct}
@@ -90,7 +90,7 @@ def test_a_checkpoint_is_shown_what_its_evaluation_saw(trained, tmp_path):
     assert load_subject("debiformer_tiny").pixels.crop_pct == 0.875
 
 
-def test_a_query_moves_the_picture_of_its_window(trained, photo, tmp_path):
+def test_query_moves_the_picture_of_its_window(trained, photo, tmp_path):
     main([str(photo), "--checkpoint", str(trained), "--grid", "2", "--output", str(tmp_path)])
     pictures = {path.name: path.read_bytes() for path in (tmp_path / "photo").glob("windows_*.png")}
     assert sorted(pictures) == ["windows_24_24.png", "windows_24_8.png", "windows_8_24.png", "windows_8_8.png"]
@@ -106,7 +106,7 @@ def test_biformer_shows_windows_and_token_attention(photo, tmp_path):
     assert names == {"picture", "token_attention", "overview"}
 
 
-def test_a_folder_is_shown_but_for_what_cannot_be_read(trained, tmp_path):
+def test_folder_is_shown_but_for_what_cannot_be_read(trained, tmp_path):
     for name, write in ACCEPTED.items():
         write(tmp_path / name)
     (tmp_path / "deep.gif").write_bytes((tmp_path / "palette.gif").read_bytes())
@@ -164,7 +164,7 @@ def test_models_that_cannot_be_shown(photo, tmp_path, argv, words):
     assert words in complaint(main, [str(photo), "--output", str(tmp_path / "out"), *argv])
 
 
-def test_a_foreign_state_dict_is_refused(photo, tmp_path):
+def test_foreign_state_dict_is_refused(photo, tmp_path):
     model = timm.create_model("biformer_tiny", depths=(1, 1, 1, 1))
     torch.save(model.state_dict(), tmp_path / "other.pth")
     with pytest.raises(WeightsError, match="is of another model"):
@@ -184,7 +184,7 @@ def test_unusable_images_end_the_command_with_one_line(trained, tmp_path, capsys
     assert printed.err.count("\n") == 1
 
 
-def test_the_command_runs_in_a_shell(trained, photo, tmp_path):
+def test_command_runs_in_a_shell(trained, photo, tmp_path):
     printed = command("-m", "visualize", photo, "--checkpoint", trained, "--output", tmp_path / "out")
     assert printed.returncode == 0, printed.stderr
     assert printed.stdout == f"{tmp_path}/out/photo/report.html\n"
@@ -208,6 +208,6 @@ def test_options_as_authors_save_them(tmp_path):
     assert (subject.input_size, subject.classes) == (64, ["class 0", "class 1", "class 2"])
 
 
-def test_an_output_that_cannot_be_written(photo):
+def test_output_that_cannot_be_written(photo):
     with pytest.raises(UsageError, match=r"cannot write to .*photo\.png/out.*; choose another --output"):
         main([str(photo), "--model", "debiformer_nano", "--output", str(photo / "out")])

@@ -31,14 +31,14 @@ def messages(monkeypatch, caplog):
     return lambda: [record.getMessage() for record in caplog.records if record.name == "models.ops.backend"]
 
 
-def test_the_automatic_choice_is_logged_once_with_its_reason(messages, monkeypatch):
+def test_automatic_choice_is_logged_once_with_its_reason(messages, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     for _ in range(3):
         attend()
     assert messages() == ["attention backend: torch (Triton is for GPUs)"]
 
 
-def test_the_interpreter_is_never_chosen_by_itself(messages, monkeypatch):
+def test_interpreter_is_never_chosen_by_itself(messages, monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     attend()
     assert messages() == ["attention backend: torch (Triton is for GPUs)"]
@@ -53,7 +53,7 @@ def test_triton_is_chosen_on_a_gpu(messages):
 
 
 @pytest.mark.parametrize("name", ["reference", "torch"])
-def test_the_environment_overrides_the_automatic_choice_and_an_argument_overrides_it(name, messages, monkeypatch):
+def test_environment_overrides_the_automatic_choice_and_an_argument_overrides_it(name, messages, monkeypatch):
     monkeypatch.setenv("DEBIFORMER_BACKEND", name)
     attend()
     assert messages() == [f"attention backend: {name} (DEBIFORMER_BACKEND)"]
@@ -70,7 +70,7 @@ def test_the_environment_overrides_the_automatic_choice_and_an_argument_override
         ({"backend": "cuda"}, "backend must be one of reference, torch, triton, not 'cuda'"),
     ],
 )
-def test_a_backend_that_cannot_run_is_refused_with_the_reason(arguments, reason):
+def test_backend_that_cannot_run_is_refused_with_the_reason(arguments, reason):
     with pytest.raises(ValueError, match=reason):
         attend(**arguments)
 

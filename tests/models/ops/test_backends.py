@@ -63,7 +63,7 @@ def test_torch_equals_the_reference_in_double_precision_in_any_workspace(case, w
 
 @on_devices
 @pytest.mark.parametrize("case", DEFORMABLE)
-def test_the_workspace_of_the_table_gradient_changes_nothing_but_rounding(case, device):
+def test_workspace_of_the_table_gradient_changes_nothing_but_rounding(case, device):
     whole, parts = (outputs_and_gradients(case, "triton", torch.float32, device, workspace=n) for n in (2**26, 1))
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)

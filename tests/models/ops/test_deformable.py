@@ -165,7 +165,7 @@ def test_bias_equals_loops(h, w, agents, groups, q, seed):
     close(ops.relative_position_bias(table, positions, h, w), bias_by_loops(table, positions, h, w))
 
 
-def test_an_agent_on_a_token_reads_the_table_by_whole_cells():
+def test_agent_on_a_token_reads_the_table_by_whole_cells():
     """At the size a table is made for, one token step is one cell, and zero displacement its centre."""
     q = 4
     table = normal(1, 2 * q - 1, 2 * q - 1)

@@ -26,7 +26,7 @@ def test_autotuning_adds_the_fastest_block_to_its_table_and_keeps_what_is_there(
     assert json.loads(path.read_text()) == table
 
 
-def test_a_launch_takes_its_tables_block_and_passes_the_same_values_when_its_code_is_known(tmp_path):
+def test_launch_takes_its_tables_block_and_passes_the_same_values_when_its_code_is_known(tmp_path):
     path = tmp_path / "launches.json"
     path.write_text(json.dumps({KERNEL: {CLASS: [32, 64, 4, 3]}}))
     by_triton, by_us = launches(DEBIFORMER_LAUNCHES=str(path))

@@ -47,7 +47,7 @@ def test_rows_and_columns_of_windows_may_differ():
 
 @examples
 @given(side=st.integers(1, 200), n_win=st.integers(1, 16))
-def test_a_split_side_is_covered_by_at_least_so_many_windows(side, n_win):
+def test_split_side_is_covered_by_at_least_so_many_windows(side, n_win):
     window, count = ops.split_side(side, n_win)
     assert (count - 1) * window < side <= count * window
     assert count >= min(side, n_win)
@@ -90,7 +90,7 @@ def test_height_and_width_may_be_padded_to_different_multiples():
     assert ops.pad_to_multiple(torch.zeros(1, 5, 5, 2), (4, 3)).shape == (1, 8, 6, 2)
 
 
-def test_a_map_that_fits_is_returned_itself():
+def test_map_that_fits_is_returned_itself():
     x = torch.randn(1, 4, 6, 3)
     assert ops.pad_to_multiple(x, 2) is x
 

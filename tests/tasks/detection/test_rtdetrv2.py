@@ -50,7 +50,7 @@ def test_every_weight_gets_a_gradient_with_and_without_objects(task):
         assert [name for name, grad in trained.items() if grad is None or not grad.isfinite().all()] == []
 
 
-def test_a_model_that_diverges_says_so_by_its_loss(task):
+def test_model_that_diverges_says_so_by_its_loss(task):
     model = task.build_model().train()
     with torch.no_grad():
         model.detr.decoder.bbox_embed[0].layers[0].bias.fill_(torch.nan)
