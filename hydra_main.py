@@ -34,8 +34,8 @@ from omegaconf.errors import OmegaConfBaseException
 from submitit.core.utils import FailedJobError, FailedSubmissionError, UncompletedJobError
 
 from runtime import submitit_job
-from runtime.errors import UsageError, did_you_mean, exit_on_error
-from runtime.options import SlurmOptions, check_ranges, names_of, option
+from runtime.errors import UsageError, exit_on_error
+from runtime.options import SlurmOptions, check_ranges, closest_option, names_of, option
 from tasks.options import DEFAULT_RECIPE, Options, options_of_task, task_of, validate
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -283,7 +283,7 @@ def in_one_line(error: Exception, run_options: type) -> str:
 
 def unknown_option(name: str, run_options: type) -> str:
     known = names_of(run_options, LaunchOptions, SlurmOptions)
-    return f"unknown option {name}; {did_you_mean(name, known, 'see docs/OPTIONS.md')}"
+    return f"unknown option {name}; {closest_option(name, known, 'see docs/OPTIONS.md')}"
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from runtime.errors import OneLineParser, did_you_mean
-from runtime.options import allowed, names_of, shown
+from runtime.errors import OneLineParser
+from runtime.options import allowed, closest_option, names_of, shown
 
 NULLS = ("none", "null")
 
@@ -123,4 +123,4 @@ def unknown_option(arg: str, groups: Sequence[type]) -> str:
     if not arg.startswith("--"):
         return f"unexpected argument {arg!r}; options start with --, see --help"
     name = arg.partition("=")[0].removeprefix("--")
-    return f"unknown option --{name}; {did_you_mean(name, names_of(*groups), 'see --help', '--')}"
+    return f"unknown option --{name}; {closest_option(name, names_of(*groups), 'see --help', '--')}"

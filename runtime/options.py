@@ -13,7 +13,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from runtime.errors import UsageError
+from runtime.errors import UsageError, did_you_mean
 
 RECIPES = Path(__file__).parents[1] / "configs" / "recipe"
 
@@ -215,6 +215,32 @@ OWN_OPTIONS = {
     "pretrained": "load_release",
 }
 """Arguments of models that are no --model_kwargs, and the options for them."""
+
+
+NAMES_ELSEWHERE = OWN_OPTIONS | {
+    "amp_dtype": "amp",
+    "checkpoint": "resume",
+    "checkpoint_hist": "keep",
+    "data_dir": "data_path",
+    "dataset": "data_set",
+    "grad_accum_steps": "accum_steps",
+    "initial_checkpoint": "finetune",
+    "learning_rate": "lr",
+    "log_interval": "print_freq",
+    "nb_classes": "num_classes",
+    "output": "output_dir",
+    "torchcompile": "compile",
+    "wd": "weight_decay",
+    "workers": "num_workers",
+}
+"""What timm's and DeiT's training scripts call our options."""
+
+
+def closest_option(name: str, known: Sequence[str], otherwise: str, mark: str = "") -> str:
+    """'did you mean MARKx?' with the option that another program calls so, or that is spelt alike; else `otherwise`."""
+    if NAMES_ELSEWHERE.get(name) in known:
+        return f"did you mean {mark}{NAMES_ELSEWHERE[name]}?"
+    return did_you_mean(name, known, otherwise, mark)
 
 
 def check_model(options: Any) -> None:

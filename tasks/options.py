@@ -17,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from optim_factory import OptimizerOptions, ScheduleOptions, check_schedule
 from runtime.command_line import build_parser, unknown_option, with_underscores
-from runtime.errors import UsageError
+from runtime.errors import UsageError, did_you_mean
 from runtime.options import (
     RECIPES,
     InertOptions,
@@ -97,8 +97,9 @@ def read_recipe(name: str) -> dict[str, Any]:
     """Read configs/recipe/NAME.yaml, or a YAML file at path `name`. UsageError if there is none."""
     path = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in RECIPES.glob("*.yaml")))
-        raise UsageError(f"there is no recipe {name!r}; known: {known}")
+        known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+        closest = did_you_mean(name, known, "")
+        raise UsageError(f"there is no recipe {name!r}; {closest and f'{closest} '}known: {', '.join(known)}")
     try:
         content = OmegaConf.to_container(OmegaConf.load(path))
     except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, OSError) as error:

@@ -7,7 +7,15 @@ from typing import get_type_hints
 import pytest
 from support import ROOT, command, complaint
 
-from runtime.options import RECIPES, InertOptions, SlurmOptions, check_ranges, inert_notes
+from runtime.options import (
+    NAMES_ELSEWHERE,
+    RECIPES,
+    InertOptions,
+    SlurmOptions,
+    check_ranges,
+    inert_notes,
+    names_of,
+)
 from tasks.options import Options, groups_of, load_recipe, markdown_table, parse_args, validate
 
 GROUPS = groups_of("classification")
@@ -86,12 +94,15 @@ def test_every_recipe_loads_and_says_what_it_is(path):
     ("argv", "words"),
     [
         (["--batchsize", "8"], ["--batchsize", "did you mean --batch_size"]),
+        (["--workers", "8"], ["--workers", "did you mean --num_workers"]),
+        (["--nb-classes", "8"], ["--nb_classes", "did you mean --num_classes"]),
         (["--model", "x", "train"], ["unexpected argument 'train'"]),
         (["--epochs", "many"], ["--epochs", "many"]),
         (["--model", "x", "--epochs", "0"], ["--epochs", "at least 1"]),
         (["--model", "x", "--amp", "fp8"], ["--amp", "auto, none, fp16, bf16"]),
         (["--model", "x", "--batch_size", "7"], ["--batch_size", "even"]),
         (["--recipe", "debiformer_huge"], ["debiformer_huge", "debiformer_small"]),
+        (["--recipe", "debiformer_tinny"], ["did you mean debiformer_tiny? known: "]),
         (["--model", "x", "--eval=perhaps"], ["--eval", "perhaps"]),
         (["--model_kwargs", "n_win"], ["--model_kwargs", "NAME=VALUE"]),
         (["--model_kwargs", "img_size=64"], ["--model_kwargs img_size", "use --input_size"]),
@@ -196,3 +207,9 @@ def test_help_teaches():
     assert printed.returncode == 0
     for word in ("--drop_path", "(default: 0.1)", "Without any option", "--recipe debiformer_small"):
         assert word in printed.stdout
+
+
+def test_names_of_other_programs_lead_to_options_that_exist():
+    known = set(names_of(*GROUPS))
+    assert set(NAMES_ELSEWHERE.values()) <= known
+    assert NAMES_ELSEWHERE.keys() & known == {"num_classes"}  # as an argument of a model
