@@ -80,6 +80,7 @@ class TrainingState:
 
     def _check_data(self, theirs: dict[str, Any], epoch: int, position: int, path: str | Path) -> None:
         """Raise UsageError if the rest of an epoch would show other images; print a note if later epochs will."""
+        theirs = {"groups": "none", **theirs}  # as earlier versions had it
         changed = {name: value for name, value in self.data.items() if name in theirs and theirs[name] != value}
         if position and changed:
             changes = ", ".join(f"{name} was {theirs[name]}, is {value}" for name, value in changed.items())

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import Sampler
 
 from runtime.distributed import DistInfo
@@ -36,12 +37,21 @@ class TrainSampler(Sampler):
 
     updates: batches per epoch; then the epochs are parts of one stream, permutation after permutation. None: an epoch
     is one permutation.
+    groups: (size,) integers; every permutation is rearranged by them (see `in_groups`). None: it is as drawn.
     """
 
     def __init__(
-        self, size: int, total_batch: int, seed: int, repeats: int, processes: DistInfo, updates: int | None = None
+        self,
+        size: int,
+        total_batch: int,
+        seed: int,
+        repeats: int,
+        processes: DistInfo,
+        updates: int | None = None,
+        groups: Tensor | None = None,
     ) -> None:
-        self.size, self.seed, self.repeats = size, seed, repeats
+        assert groups is None or (repeats == 1 and len(groups) == size)
+        self.size, self.total_batch, self.seed, self.repeats, self.groups = size, total_batch, seed, repeats, groups
         stream = size // 256 * 256 if repeats > 1 and size >= 256 else size
         self.endless = updates is not None
         self.length = updates * total_batch if self.endless else stream // total_batch * total_batch
@@ -67,9 +77,39 @@ class TrainSampler(Sampler):
             if self.endless:
                 turn, place = divmod((self.epoch * self.length + position) // self.repeats, self.size)
             if turn != drawn:
-                generator = torch.Generator().manual_seed(unite_seeds(self.seed, turn))
-                order, drawn = torch.randperm(self.size, generator=generator), turn
+                order, drawn = self._permutation(turn), turn
             yield Key(int(order[place]), self.epoch, position)
+
+    def _permutation(self, turn: int) -> Tensor:
+        generator = torch.Generator().manual_seed(unite_seeds(self.seed, turn))
+        order = torch.randperm(self.size, generator=generator)
+        if self.groups is None:
+            return order
+        begun = -turn * self.size % self.total_batch if self.endless else 0  # the last batch of the turn before
+        return torch.cat([order[:begun], in_groups(order[begun:], self.groups, self.total_batch)])
+
+
+def in_groups(order: Tensor, groups: Tensor, batch: int) -> Tensor:
+    """Rearrange image numbers into batches of one group each, for less padding where a group is a shape.
+
+    Batches come in the order in which they are complete, images in theirs; those that fill no batch come last.
+
+    Args:
+        order: (N,) image numbers.
+        groups: the group of every image by its number.
+        batch: images per batch.
+
+    Returns:
+        (N,) the same numbers.
+    """
+    group_at, batches, left = groups[order], [order.new_empty(0, batch)], [order.new_empty(0)]
+    for group in group_at.unique():
+        places = (group_at == group).nonzero().flatten()
+        full = len(places) // batch * batch
+        batches.append(places[:full].view(-1, batch))
+        left.append(places[full:])
+    whole = torch.cat(batches)
+    return order[torch.cat([whole[whole[:, -1].argsort()].flatten(), torch.cat(left).sort().values])]
 
 
 class EvalSampler(Sampler):

@@ -116,6 +116,10 @@ class Task(ABC):
         """Images per process and step in evaluation."""
         return int(1.5 * self.opts.batch_size)
 
+    def groups(self, train: Dataset) -> Tensor | None:
+        """Return a whole number per image to train on: images of one number share batches. None: any do."""
+        return None
+
     def order(self) -> dict[str, Any]:
         """Return the options that fix which images come when, for checkpoints: they must not change midway."""
         return {}

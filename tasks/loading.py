@@ -176,7 +176,8 @@ def usable_workers(asked: int) -> int:
 def _load_images(source: Dataset, task: Task, options: RunOptions, total_batch: int) -> tuple[DataLoader, int]:
     """The training loader, and updates per epoch."""
     updates = options.eval_every if options.iterations else None
-    sampler = TrainSampler(len(source), total_batch, options.seed, task.repeats, task.info, updates)
+    groups = task.groups(source)
+    sampler = TrainSampler(len(source), total_batch, options.seed, task.repeats, task.info, updates, groups)
     dataset = Transformed(source, task.transform(train=True), options.seed, options.max_image_pixels)
     load = partial(_loader, task, options, dataset, usable_workers(options.num_workers))
     return load(batch_size=options.batch_size, sampler=sampler, drop_last=True), sampler.length // total_batch

@@ -30,11 +30,12 @@ def options_for(*argv):
     return parse_args(["--model", "debiformer_nano", "--num_workers", "0", "--batch_size", "4", *map(str, argv)])
 
 
-def stream(size, total_batch, world_size, epoch=0, start=0, repeated_aug=False, seed=0):
+def stream(size, total_batch, world_size, epoch=0, start=0, repeated_aug=False, seed=0, **settings):
     """What all processes see, in order."""
     shares = []
     for rank in range(world_size):
-        sampler = TrainSampler(size, total_batch, seed, 3 if repeated_aug else 1, DistInfo(rank, world_size))
+        info = DistInfo(rank, world_size)
+        sampler = TrainSampler(size, total_batch, seed, 3 if repeated_aug else 1, info, **settings)
         sampler.set_position(epoch, start)
         assert len(sampler) == len(list(sampler))
         shares.append(list(sampler))
@@ -71,6 +72,49 @@ def test_repeated_augmentation_shows_a_third_of_the_images_three_times():
     assert len(keys) == 512
     assert all(len(set(indices[i : i + 3])) == 1 for i in range(0, 510, 3))
     assert len(set(indices)) == 171
+
+
+def batches_of(keys, size):
+    return [[key.index for key in keys[start : start + size]] for start in range(0, len(keys), size)]
+
+
+@settings(max_examples=30, derandomize=True, deadline=None)
+@given(size=st.integers(12, 400), kinds=st.integers(1, 3), updates=st.sampled_from([None, 7]), epoch=st.integers(0, 5))
+def test_grouped_images_come_in_the_same_order_to_any_number_of_processes(size, kinds, updates, epoch):
+    grouped = {"groups": torch.arange(size) ** 2 % kinds, "updates": updates}
+    one = stream(size, 12, 1, epoch, **grouped)
+    assert [(key.epoch, key.position) for key in one] == [(epoch, place) for place in range(len(one))]
+    for world_size in (2, 3):
+        assert stream(size, 12, world_size, epoch, **grouped) == one
+        assert stream(size, 12, world_size, epoch, start=len(one) // 24 * 12, **grouped) == one[len(one) // 24 * 12 :]
+
+
+def test_epoch_of_grouped_images_shows_each_once_in_batches_of_one_group():
+    groups = torch.arange(120) % 3 // 2  # 80 and 40
+    for epoch in range(3):
+        keys = stream(120, 12, 1, epoch, groups=groups)
+        assert sorted(key.index for key in keys) == list(range(120))
+        mixed = [len({int(groups[index]) for index in batch}) > 1 for batch in batches_of(keys, 12)]
+        assert mixed == [False] * 9 + [True]  # 6 x 12 and 3 x 12 fill batches, 8 + 4 are left
+        drawn = [key.index for key in stream(120, 12, 1, epoch)]
+        assert [key.index for key in keys[-12:]] == [index for index in drawn if index in {k.index for k in keys[-12:]}]
+        assert batches_of(keys, 12)[:-1] != batches_of(stream(120, 12, 1, epoch + 1, groups=groups), 12)[:-1]
+
+
+def test_grouped_images_of_an_endless_stream_keep_their_batches_from_turn_to_turn():
+    groups = (torch.arange(50) < 20).int()
+    keys = [key for epoch in range(4) for key in stream(50, 8, 1, epoch, groups=groups, updates=25)]
+    turns = [[key.index for key in keys[start : start + 50]] for start in range(0, 800, 50)]
+    assert all(sorted(turn) == list(range(50)) for turn in turns)
+    mixed = sum(len({int(groups[index]) for index in batch}) > 1 for batch in batches_of(keys, 8))
+    assert mixed <= 2 * len(turns)  # of 100 batches, where one in five hundred would have one group by chance
+
+
+@pytest.mark.parametrize("updates", [None, 4])
+def test_one_group_leaves_the_order_as_it_was(updates):
+    for epoch in range(3):
+        plain = stream(50, 8, 2, epoch, updates=updates)
+        assert stream(50, 8, 2, epoch, updates=updates, groups=torch.ones(50)) == plain
 
 
 def test_too_few_images_for_a_batch_is_said():

@@ -89,6 +89,11 @@ class CocoImages(Dataset):
             sample["masks"] = torch.from_numpy(np.stack(masks)) if masks else torch.zeros(0, height, width).byte()
         return sample
 
+    @property
+    def wide(self) -> torch.Tensor:
+        """Which images are wider than high: (N,) bool, by what the annotations say of them."""
+        return torch.tensor([image["width"] > image["height"] for image in self.images])
+
     def name_of(self, index: int) -> str:
         return str(self.folder / self.images[index]["file_name"])
 

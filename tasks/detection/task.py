@@ -39,6 +39,11 @@ class DetectionOptions:
     roi_samples: int = option(512, "proposals per image that Mask R-CNN's heads learn from", at_least=4)
     longest: int = option(1333, "images are resized to fit `longest` x `shortest`, either way round", at_least=1)
     shortest: int = option(800, "see `longest`", at_least=1)
+    groups: str = option(
+        "shape",
+        "which images share an update in training: `shape`: wide ones or others, for less padding; `none`: any",
+        choices=("shape", "none"),
+    )
 
 
 class Detection(DenseTask):
@@ -91,6 +96,12 @@ class Detection(DenseTask):
 
     def transform(self, train: bool) -> Callable[[Sample], Sample]:
         return Transform(self.opts.longest, self.opts.shortest, flip=0.5 if train else 0.0)
+
+    def groups(self, train: CocoImages) -> Tensor | None:
+        return train.wide if self.opts.groups == "shape" else None
+
+    def order(self) -> dict[str, Any]:
+        return {"groups": self.opts.groups}
 
     def collate(self, samples: list[Sample]) -> Batch:
         keys = ("boxes", "labels", "masks") if self.masks else ("boxes", "labels")

@@ -14,6 +14,7 @@ from models.weights import load_checkpoint
 from runtime.checkpoint import BEST, LAST
 from runtime.errors import Stopped
 from tasks.options import parse_args
+from tasks.trained import trained_options
 from tools import make_shapes
 
 slow = pytest.mark.slow
@@ -67,6 +68,27 @@ def test_dense_run_trains_in_half_precision(options_for, head):
     main.run(options)
     log = json.loads((main.Path(options.output_dir) / "log.txt").read_text())
     assert 0 < log["train_loss"] < 100
+
+
+def test_run_from_before_images_were_grouped_goes_on(options_for, monkeypatch):
+    ungrouped = options_for("retinanet", "--groups", "none")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(Stopped):
+            main.run(ungrouped)
+    path = main.Path(ungrouped.output_dir) / LAST
+    content = load_checkpoint(path)
+    del content["data"]["groups"], content["args"]["groups"]
+    torch.save(content, path)
+    assert "groups was none, is shape; undo that" in complaint(main.run, options_for("retinanet"))
+    main.run(ungrouped)  # the rest of the epoch as it was begun
+
+    content = load_checkpoint(path)
+    content["epoch"] = 1
+    del content["data"]["groups"], content["args"]["groups"]
+    torch.save(content, path)
+    main.run(options_for("retinanet"))  # between epochs, as nothing had changed
+    assert trained_options(content, path).groups == "shape"
 
 
 def test_run_counted_in_updates_resumes_midway(options_for, monkeypatch):
