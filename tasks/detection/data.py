@@ -20,6 +20,15 @@ from runtime.errors import UsageError, listed
 from runtime.images import MAX_PIXELS, open_rgb
 
 SUFFIXES = ("2017", "")
+NEEDED = {
+    "images": {"id": int, "file_name": str, "width": int | float, "height": int | float},
+    "categories": {"id": int, "name": str | int},
+    "annotations": {},
+}
+"""What a json must say of each of its images and categories; an annotation that lacks something is left out."""
+BOXLESS, MASKLESS, STRAY, UNKNOWN = "without a box", "without a mask", "of unknown images", "of unknown categories"
+UNREADABLE = frozenset({BOXLESS, MASKLESS, STRAY, UNKNOWN})
+"""Problems for which an evaluation, too, leaves objects out."""
 
 
 def mask_tools() -> Any:
@@ -46,7 +55,7 @@ class CocoImages(Dataset):
     """Images and their objects.
 
     A sample has "image" (PIL RGB), "boxes" (N, 4) float32 x1, y1, x2, y2, "labels" (N,) int64 from 1, "masks" (N, H, W)
-    uint8 where `masks` is set, "image_id". Objects that cannot be used are left out and counted in `left_out`:
+    uint8 where `masks` is set, "image_id". Objects that cannot be used are left out and counted by `problems`:
     crowds, boxes without an area or outside of the image, masks that cannot be read.
     """
 
@@ -60,7 +69,7 @@ class CocoImages(Dataset):
         if not self.images or not categories:
             raise UsageError(f"{annotations} names no {'images' if categories else 'categories'}")
         self._check_files()
-        self.left_out: Counter[str] = Counter()
+        self.problems: dict[int, str] = {}
         self.objects = self._usable_objects(content["annotations"])
         if not self.objects:
             raise UsageError(self.said_of_left_out() or f"{annotations} has no objects")
@@ -99,8 +108,19 @@ class CocoImages(Dataset):
 
     def said_of_left_out(self) -> str:
         """Say in a line which objects are left out, and why; "" if none are."""
-        parts = ", ".join(f"{count} {problem}" for problem, count in sorted(self.left_out.items()))
-        return f"{self.file}: {sum(self.left_out.values())} objects are left out: {parts}" if parts else ""
+        counts = Counter(self.problems.values())
+        parts = ", ".join(f"{count} {problem}" for problem, count in sorted(counts.items()))
+        return f"{self.file}: {len(self.problems)} objects are left out: {parts}" if parts else ""
+
+    def truth(self, masks: bool) -> dict[str, Any]:
+        """Return the json to judge boxes or masks by: crowds and all, but what cannot be read; numbered anew."""
+        content, unreadable = _read(self.file), UNREADABLE if masks else UNREADABLE - {MASKLESS}
+        entries = [
+            {**entry, "id": number + 1, "iscrowd": int(bool(entry.get("iscrowd")))}
+            for number, entry in enumerate(content["annotations"])
+            if self.problems.get(number) not in unreadable
+        ]
+        return {**content, "annotations": entries}
 
     def _check_files(self) -> None:
         there = set(os.listdir(self.folder))
@@ -119,10 +139,10 @@ class CocoImages(Dataset):
         sizes = {image["id"]: (image["width"], image["height"]) for image in self.images}
         label_of = {number: label for label, number in enumerate(self.category_ids, start=1)}
         objects: dict[int, list[dict[str, Any]]] = {}
-        for annotation in annotations:
+        for number, annotation in enumerate(annotations):
             problem, box = _checked(annotation, sizes, label_of, self.masks)
             if problem:
-                self.left_out[problem] += 1
+                self.problems[number] = problem
                 continue
             entry = {"box": box, "label": label_of[annotation["category_id"]]}
             if self.masks:
@@ -148,6 +168,14 @@ def _read(path: Path) -> dict[str, Any]:
     lacking = {"images", "annotations", "categories"} - (content.keys() if isinstance(content, dict) else set())
     if lacking:
         raise UsageError(f"{path} is not in COCO's format: it has no {listed(lacking)}")
+    for kind, needed in NEEDED.items():
+        if not isinstance(content[kind], list):
+            raise UsageError(f"{path} is not in COCO's format: its {kind} are no list")
+        for number, entry in enumerate(content[kind]):
+            said = entry if isinstance(entry, dict) else {}
+            wrong = [name for name, kinds in needed.items() if not isinstance(said.get(name), kinds)]
+            if wrong:
+                raise UsageError(f"{path} is not in COCO's format: {kind}[{number}] has no usable {listed(wrong)}")
     return content
 
 
@@ -157,19 +185,20 @@ def _checked(
     """What is wrong with an annotation ("" if nothing is), and its box (x1, y1, x2, y2), cut to the image."""
     try:
         size, (x, y, w, h) = sizes.get(annotation["image_id"]), map(float, annotation["bbox"])
-    except (KeyError, TypeError, ValueError):
-        return "without a box", []
+        known, area = annotation.get("category_id") in label_of, float(annotation.get("area", 1))
+    except (KeyError, OverflowError, TypeError, ValueError):
+        return BOXLESS, []
     if size is None:
-        return "of unknown images", []
-    if annotation.get("category_id") not in label_of:
-        return "of unknown categories", []
+        return STRAY, []
+    if not known:
+        return UNKNOWN, []
+    if masks and not _is_mask(annotation.get("segmentation"), size):
+        return MASKLESS, []
     if annotation.get("iscrowd"):
         return "crowds", []
     box = [max(x, 0.0), max(y, 0.0), min(x + w, size[0]), min(y + h, size[1])]
-    if not (box[2] - box[0] >= 1 and box[3] - box[1] >= 1 and annotation.get("area", 1) > 0):
+    if not (box[2] - box[0] >= 1 and box[3] - box[1] >= 1 and area > 0):
         return "without an area in the image", []
-    if masks and not _is_mask(annotation.get("segmentation"), size):
-        return "without a mask", []
     return "", box
 
 
@@ -177,9 +206,11 @@ def _is_mask(segmentation: Any, size: tuple[int, int]) -> bool:
     """Whether polygons or run lengths can be decoded to an image of (width, height)."""
     if isinstance(segmentation, dict):
         counts = segmentation.get("counts")
-        if list(segmentation.get("size", ())) != [size[1], size[0]]:
+        if segmentation.get("size") != [size[1], size[0]]:
             return False
-        return isinstance(counts, str) or (isinstance(counts, list) and sum(counts) == size[0] * size[1])
+        if isinstance(counts, list):
+            return all(type(count) is int and count >= 0 for count in counts) and sum(counts) == size[0] * size[1]
+        return isinstance(counts, str) and _is_decodable(segmentation)
     if not isinstance(segmentation, list) or not all(isinstance(polygon, list) for polygon in segmentation):
         return False
     numbers = [number for polygon in segmentation for number in polygon]
@@ -188,3 +219,12 @@ def _is_mask(segmentation: Any, size: tuple[int, int]) -> bool:
         and all(len(polygon) % 2 == 0 for polygon in segmentation)
         and all(isinstance(number, int | float) and abs(number) < 1e6 for number in numbers)
     )
+
+
+def _is_decodable(lengths: dict[str, Any]) -> bool:
+    """Whether compressed run lengths are those of a mask: only decoding tells."""
+    try:
+        mask_tools().decode(lengths)
+    except (RuntimeError, ValueError):
+        return False
+    return True

@@ -1,6 +1,6 @@
 """Average precision by faster-coco-eval, over the detections of all processes."""
 
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -23,17 +23,22 @@ class CocoEvaluator(Evaluator):
     """Collects detections in COCO's format.
 
     Args:
-        annotations: the file with the truth.
-        category_ids: its categories, in the order of the labels.
+        truth: gives the annotations, in COCO's format, to judge boxes (False) or masks (True) by.
+        category_ids: their categories, in the order of the labels.
         first_label: the label of the first.
         masks: also evaluate masks.
         info: the processes whose images all count together.
     """
 
     def __init__(
-        self, annotations: Path, category_ids: list[int], first_label: int, masks: bool, info: DistInfo
+        self,
+        truth: Callable[[bool], dict[str, Any]],
+        category_ids: list[int],
+        first_label: int,
+        masks: bool,
+        info: DistInfo,
     ) -> None:
-        self.annotations, self.masks, self.info = annotations, masks, info
+        self.truth, self.masks, self.info = truth, masks, info
         self.category_of = dict(enumerate(category_ids, start=first_label))
         self.found: list[dict[str, Any]] = []
         self.images: list[int] = []
@@ -75,7 +80,7 @@ class CocoEvaluator(Evaluator):
     def _stats(self, found: list[dict[str, Any]], images: list[int], kind: str) -> list[float]:
         from faster_coco_eval import COCO, COCOeval_faster
 
-        truth = COCO(str(self.annotations))
+        truth = COCO(self.truth(kind == "segm"))
         evaluation = COCOeval_faster(truth, truth.loadRes(found), kind)
         evaluation.params.imgIds = images
         evaluation.evaluate()

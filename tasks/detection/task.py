@@ -131,7 +131,7 @@ class Detection(DenseTask):
 
     def evaluator(self, split: bool) -> Evaluator:
         return CocoEvaluator(
-            self.val.file, self.val.category_ids, self.first_label, self.masks, self.info if split else DistInfo()
+            self.val.truth, self.val.category_ids, self.first_label, self.masks, self.info if split else DistInfo()
         )
 
     def report(self, metrics: dict[str, float]) -> list[str]:
