@@ -24,7 +24,7 @@ quickstart-dense: $(VENV)/installed-dense $(SHAPES)/classes.txt
 	done
 
 $(SHAPES)/classes.txt: | $(VENV)/installed  # written last
-	$(RUN) -m tools.make_shapes --output $(SHAPES) --size 96
+	$(RUN) -m tools.make_shapes --output $(SHAPES) --size 128
 
 test: $(VENV)/installed-dev lint
 	$(RUN) -m pytest -n auto --dist loadgroup -m '$(MARKS)' $(ARGS)
