@@ -1,4 +1,4 @@
-"""Which of three implementations runs an attention: "reference", "torch" or "triton".
+"""Which implementation runs an attention: "reference", "torch" or "triton"; "export" in programs for other runtimes.
 
 None asks for the fastest that can run; the environment variable DEBIFORMER_BACKEND then speaks first. The choice is
 logged once per outcome. A backend asked for by name that cannot run is an error that says why.
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-BACKENDS = ("reference", "torch", "triton")
+BACKENDS = ("reference", "torch", "triton", "export")
 ENVIRONMENT = "DEBIFORMER_BACKEND"
 WORKSPACE = 64 * 2**20
 """Bytes of gathered windows, logits or biases that an attention may hold at a time, beyond its inputs and outputs."""
@@ -66,7 +66,8 @@ def _choose(requested: str | None, device: torch.device, dtype: torch.dtype, siz
     if requested is not None and requested not in BACKENDS:
         raise ValueError(f"{asker} must be one of {', '.join(BACKENDS)}, not {requested!r}")
 
-    obstacle = None if requested in ("reference", "torch") else size_obstacle or triton_obstacle(device, dtype)
+    unhindered = requested is not None and requested != "triton"
+    obstacle = None if unhindered else size_obstacle or triton_obstacle(device, dtype)
     if requested == "triton" and obstacle:
         raise ValueError(f"{asker} 'triton' cannot run: {obstacle}; use 'torch' or leave the choice open")
     if requested is not None:

@@ -7,8 +7,9 @@ Positions are (y, x) in [-1, 1], where -1 and 1 are the centres of the first and
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._decomp import register_decomposition
 
-from . import deformable_torch
+from . import deformable_export, deformable_torch
 from .backend import WORKSPACE, choose_backend
 from .operators import differentiable
 
@@ -36,8 +37,11 @@ def sample_agents(x: Tensor, positions: Tensor) -> Tensor:
 
     x: (B, H, W, C); positions: (B, Ha, Wa, g, 2) in [-1, 1]. Returns agents (B, Ha, Wa, C) in x's dtype.
     """
-    if choose_backend(None, x) == "triton":
+    backend = choose_backend(None, x)
+    if backend == "triton":
         return _sample(x, positions)
+    if backend == "export":
+        return deformable_export.sample(x, positions)
     b, h, w, c = x.shape
     _, ha, wa, g, _ = positions.shape
     channels = x.view(b, h, w, g, c // g).permute(0, 3, 4, 1, 2).reshape(b * g, c // g, h, w)
@@ -93,6 +97,8 @@ def deformable_attention(
         k, v = k.to(q.dtype), v.to(q.dtype)
     if name == "reference":
         return deformable_attention_reference(q, k, v, rpe_table, positions, num_heads, scale)
+    if name == "export":
+        return deformable_export.forward(q, k, v, rpe_table, positions, num_heads, scale)
     return _attend(q, k, v, rpe_table, positions, num_heads, scale, name, workspace)[0]
 
 
@@ -183,6 +189,23 @@ _attend = differentiable(
         lambda grad, q, k, *_, **__: 5 * _products(q, k),
     ),
 )
+
+
+@register_decomposition(torch.ops.debiformer.deformable_attention.default)
+def _taken_apart(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rpe_table: Tensor,
+    positions: Tensor,
+    num_heads: int,
+    scale: float,
+    backend: str,
+    workspace: int,
+) -> tuple[Tensor, Tensor]:
+    """What torch.onnx, and whoever takes PyTorch's decompositions, puts in the operator's place."""
+    out = deformable_export.forward(q, k, v, rpe_table, positions, num_heads, scale)
+    return out, q.new_empty(0, dtype=torch.float32)
 
 
 def _sample_forward(x: Tensor, positions: Tensor) -> Tensor:

@@ -7,8 +7,9 @@ k routed windows.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._decomp import register_decomposition
 
-from . import routed_torch
+from . import routed_export, routed_torch
 from .backend import WORKSPACE, choose_backend
 from .operators import differentiable
 from .windows import from_windows, pair, to_windows
@@ -55,6 +56,8 @@ def routed_attention(
         k, v = k.to(q.dtype), v.to(q.dtype)
     if name == "reference":
         return routed_attention_reference(q, k, v, idx, (rows, columns), num_heads, scale)
+    if name == "export":
+        return routed_export.forward(q, k, v, idx, (rows, columns), num_heads, scale)
     return _attend(q, k, v, idx, rows, columns, num_heads, scale, name, workspace)[0]
 
 
@@ -153,3 +156,21 @@ _attend = differentiable(
         lambda grad, q, k, v, idx, *_, **__: 5 * _products(q, k, idx),
     ),
 )
+
+
+@register_decomposition(torch.ops.debiformer.routed_attention.default)
+def _taken_apart(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    idx: Tensor,
+    rows: int,
+    columns: int,
+    num_heads: int,
+    scale: float,
+    backend: str,
+    workspace: int,
+) -> tuple[Tensor, Tensor]:
+    """What torch.onnx, and whoever takes PyTorch's decompositions, puts in the operator's place."""
+    out = routed_export.forward(q, k, v, idx, (rows, columns), num_heads, scale)
+    return out, q.new_empty(0, dtype=torch.float32)

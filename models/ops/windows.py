@@ -3,6 +3,7 @@
 Letters: B batch, H x W map, C channels, P windows, w tokens per window.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,7 +17,7 @@ def pad_to_multiple(x: Tensor, multiple: int | tuple[int, int]) -> Tensor:
     """
     multiple_h, multiple_w = pair(multiple)
     missing_h, missing_w = _missing(x.shape[1], multiple_h), _missing(x.shape[2], multiple_w)
-    if missing_h == 0 and missing_w == 0:
+    if _is_zero(missing_h) and _is_zero(missing_w):
         return x
     return F.pad(x, (0, 0) * (x.ndim - 3) + (0, missing_w, 0, missing_h))
 
@@ -54,6 +55,10 @@ def pool_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
 
     The last row and column of windows may reach over the map's edge; what lies outside is not counted.
     """
+    if choose_backend(None, x) == "export":  # other runtimes pool windows of a fixed size alone
+        x, ones = pad_to_multiple(x, window), pad_to_multiple(torch.ones_like(x[:1, :, :, :1]), window)
+        n_win = (x.shape[1] // window[0], x.shape[2] // window[1])
+        return to_windows(x, n_win).sum(2) / to_windows(ones, n_win).sum(2)
     x = F.avg_pool2d(x.permute(0, 3, 1, 2), window, ceil_mode=True, count_include_pad=False)
     return x.flatten(2).transpose(1, 2)
 
@@ -63,13 +68,22 @@ def split_side(side: int, n_win: int) -> tuple[int, int]:
 
     There are at least `n_win` windows, more where that does not divide, and fewer only where there are fewer tokens.
     """
-    window = max(side // n_win, 1)
-    return window, -(-side // window)
+    window = torch.sym_max(side // n_win, 1)
+    return window, (side + window - 1) // window  # exported negative numbers are rounded towards zero
 
 
 def _missing(side: int, multiple: int) -> int:
     """-side % multiple, in terms that inductor knows of a side that varies: its negative numbers have no remainder."""
     return (side + multiple - 1) // multiple * multiple - side
+
+
+def _is_zero(missing: int) -> bool:
+    """Whether nothing is missing; in a program exported for many sizes, whether that is so for all of them."""
+    if torch.compiler.is_exporting():
+        from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+        return statically_known_true(missing == 0)
+    return missing == 0
 
 
 def pair(value: int | tuple[int, int]) -> tuple[int, int]:

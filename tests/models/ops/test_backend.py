@@ -67,7 +67,7 @@ def test_environment_overrides_the_automatic_choice_and_an_argument_overrides_it
     [
         ({"backend": "triton", "dtype": torch.float64}, "backend 'triton' cannot run: .* not in float64; use 'torch'"),
         ({"backend": "triton", "head_dim": 129}, "cannot run: its heads have at most 128 channels"),
-        ({"backend": "cuda"}, "backend must be one of reference, torch, triton, not 'cuda'"),
+        ({"backend": "cuda"}, "backend must be one of reference, torch, triton, export, not 'cuda'"),
     ],
 )
 def test_backend_that_cannot_run_is_refused_with_the_reason(arguments, reason):
@@ -83,7 +83,9 @@ def test_triton_on_the_cpu_is_refused_without_its_interpreter(monkeypatch):
     with pytest.raises(ValueError, match="DEBIFORMER_BACKEND 'triton' cannot run"):
         attend()
     monkeypatch.setenv("DEBIFORMER_BACKEND", "fast")
-    with pytest.raises(ValueError, match="DEBIFORMER_BACKEND must be one of reference, torch, triton, not 'fast'"):
+    with pytest.raises(
+        ValueError, match="DEBIFORMER_BACKEND must be one of reference, torch, triton, export, not 'fast'"
+    ):
         attend()
 
 
@@ -111,6 +113,19 @@ def test_models_give_the_same_outputs_and_gradients_with_every_backend(name, dev
     largest = max(grad.norm() for grad in expected_grads.values())
     for key, grad in expected_grads.items():
         assert (grads[key].double() - grad).norm() < 1e-4 * grad.norm() + 1e-6 * largest, key
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("size", [(64, 64), (70, 37)])
+@pytest.mark.parametrize("name", ["debiformer_nano", "biformer_tiny", "biformer_stl_nchw"])
+def test_models_give_the_same_outputs_as_programs_for_export(name, size):
+    model = fill(timm.create_model(name, embed_dims=(16, 32, 48, 64), depths=(1, 1, 1, 1), num_heads=(1, 2, 3, 4)))
+    model = model.double()
+    x = images(2, *size)
+    with backends.use_backend("reference"):
+        expected = model(x)
+    with backends.use_backend("export"):
+        torch.testing.assert_close(model(x), expected, rtol=1e-11, atol=1e-12)
 
 
 @pytest.mark.slow
