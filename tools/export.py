@@ -2,38 +2,40 @@
 
 python -m tools.export --model debiformer_tiny --checkpoint tiny.pth --format onnx --output tiny.onnx
 
-onnx: one file, for any batch size; needs onnx, onnxscript and onnxruntime. safetensors: the weights, as timm's
-`checkpoint_path` takes them. hf: a folder for the Hugging Face Hub, or for timm.create_model("local-dir:FOLDER").
+onnx: one file, for any batch size and, of this project's models, any image size; needs onnx, onnxscript and
+onnxruntime. openvino: a folder with the same for OpenVINO; needs onnx, onnxscript and openvino. safetensors: the
+weights, as timm's `checkpoint_path` takes them. hf: a folder for the Hugging Face Hub, or for
+timm.create_model("local-dir:FOLDER").
 """
 
-import contextlib
 import importlib
-import io
 import json
 import os
 import tempfile
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import safetensors.torch
 import timm
 import torch
 from timm.data import ImageNetInfo
 from timm.models import save_for_hf
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from models.backbone import Backbone
 from models.labels import in_words
-from models.ops.backend import use_backend
 from runtime.errors import UsageError, exit_on_error
 from tasks.classification.transforms import pixels_for
 
+from . import onnx_format
 from .loading import UNTRAINED, Loaded, load_from, model_parser
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+FOLDERS = ("hf", "openvino")
+"""Formats that are folders."""
 TOLERANCE = 1e-4
 """Largest difference of logits that is let pass, as a fraction of the largest logit."""
 
@@ -56,40 +58,56 @@ With transformers, once `models` is imported: `AutoModelForImageClassification.f
 
 
 def export_onnx(loaded: Loaded, path: Path) -> float:
-    """Write the model as one file: `images` (batch, 3, S, S) -> `logits` (batch, classes), for any batch size.
+    """Write the model as one file, see `onnx_format.write`.
 
-    Returns how far onnxruntime's logits are off, see `difference`. UsageError if a package is missing or torch
+    Returns how far onnxruntime's logits are off, see `largest_difference`. UsageError if a package is missing or torch
     cannot export the model.
     """
-    missing = [name for name in ONNX_PACKAGES if find_spec(name) is None]
-    if missing:
-        raise UsageError(f"--format onnx needs {', '.join(missing)}: pip install {' '.join(missing)}")
-    # ONNX knows no operators of this project, and has no strides, which fused attention would leave in the graph.
-    plain = contextlib.ExitStack()
-    plain.enter_context(use_backend("reference"))
-    plain.enter_context(sdpa_kernel(SDPBackend.MATH))
-    with plain, warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")
-        try:
-            torch.onnx.export(
-                loaded.model,
-                (random_images(loaded, 2),),
-                path,
-                dynamo=True,
-                input_names=["images"],
-                output_names=["logits"],
-                dynamic_shapes=({0: torch.export.Dim("batch")},),
-                external_data=False,
-                verbose=False,
-            )
-        except torch.onnx.OnnxExporterError as error:
-            cause = str(error.__cause__ or error).strip().partition("\n")[0]
-            raise UsageError(f"torch.onnx cannot export {loaded.options.model}: {cause}") from error
+    need("onnx", ONNX_PACKAGES)
+    write_onnx(loaded, path)
     session = importlib.import_module("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
-    return max(
-        difference(loaded, images, torch.from_numpy(session.run(None, {"images": images.numpy()})[0]))
-        for images in (random_images(loaded, 1), random_images(loaded, 3))
-    )
+    return largest_difference(loaded, lambda images: session.run(None, {"images": images})[0])
+
+
+def export_openvino(loaded: Loaded, path: Path) -> float:
+    """Write a folder with `model.xml` and `model.bin`, in float32: what `onnx_format.write` writes, for OpenVINO.
+
+    Returns how far OpenVINO's logits are off, as `export_onnx` does. UsageError likewise.
+    """
+    need("openvino", ("onnx", "onnxscript", "openvino"))
+    openvino = importlib.import_module("openvino")
+    path.mkdir()
+    with tempfile.TemporaryDirectory() as folder:
+        onnx = Path(folder, "model.onnx")
+        write_onnx(loaded, onnx)
+        openvino.save_model(openvino.convert_model(onnx), path / "model.xml", compress_to_fp16=False)
+    # OpenVINO computes in bfloat16 where a processor is faster so.
+    compiled = openvino.Core().compile_model(path / "model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return largest_difference(loaded, lambda images: compiled(images)[0])
+
+
+def need(kind: str, packages: Sequence[str]) -> None:
+    """UsageError, naming what to install, unless a format's packages are there."""
+    missing = [name for name in packages if find_spec(name) is None]
+    if missing:
+        raise UsageError(f"--format {kind} needs {', '.join(missing)}: pip install {' '.join(missing)}")
+
+
+def write_onnx(loaded: Loaded, path: Path) -> None:
+    """See `onnx_format.write`; UsageError in one line if torch cannot export the model."""
+    try:
+        onnx_format.write(loaded.model, loaded.options.input_size, path)
+    except torch.onnx.OnnxExporterError as error:
+        cause = str(error.__cause__ or error).strip().partition("\n")[0]
+        raise UsageError(f"torch.onnx cannot export {loaded.options.model}: {cause}") from error
+
+
+def largest_difference(loaded: Loaded, run: Callable[[np.ndarray], np.ndarray]) -> float:
+    """See `difference`: the largest for several batch sizes and, for this project's models, at `odd_sizes`."""
+    inputs = [random_images(loaded, 1), random_images(loaded, 3)]
+    if isinstance(loaded.model, Backbone) and loaded.model.auto_pad:
+        inputs += [random_images(loaded, 1, sides) for sides in odd_sizes(loaded.options.input_size)]
+    return max(difference(loaded, images, torch.from_numpy(run(images.numpy()))) for images in inputs)
 
 
 def export_safetensors(loaded: Loaded, path: Path) -> float:
@@ -154,15 +172,22 @@ def training_of(loaded: Loaded) -> str:
 
 FORMATS: dict[str, Callable[[Loaded, Path], float]] = {
     "onnx": export_onnx,
+    "openvino": export_openvino,
     "safetensors": export_safetensors,
     "hf": export_hf,
 }
 
 
-def random_images(loaded: Loaded, batch: int) -> Tensor:
-    """(batch, 3, S, S), the same in every call."""
-    size = loaded.options.input_size
-    return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(batch))
+def random_images(loaded: Loaded, batch: int, sides: tuple[int, int] | None = None) -> Tensor:
+    """(batch, 3, H, W) for these sides or, if None, those that the model is for; the same in every call."""
+    height, width = sides or (loaded.options.input_size,) * 2
+    return torch.randn(batch, 3, height, width, generator=torch.Generator().manual_seed(batch))
+
+
+def odd_sizes(size: int, count: int = 20) -> list[tuple[int, int]]:
+    """Heights and widths from 32 to size + 32 pixels, most of which divide into nothing; the same in every call."""
+    sides = torch.randint(32, size + 33, (count, 2), generator=torch.Generator().manual_seed(size))
+    return [(height, width) for height, width in sides.tolist()]
 
 
 def difference(loaded: Loaded, images: Tensor, logits: Tensor) -> float:
@@ -184,9 +209,9 @@ def export(loaded: Loaded, kind: str, path: Path) -> float:
 
     UsageError if they are off by more than TOLERANCE, or the path cannot be written.
     """
-    if kind == "hf" and path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if kind in FOLDERS and path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UsageError(f"{path} exists already; choose another --output")
-    if kind != "hf" and path.is_dir():
+    if kind not in FOLDERS and path.is_dir():
         raise UsageError(f"{path} is a folder; --format {kind} writes a file: --output {path / 'model'}.{kind}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -207,7 +232,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line."""
     parser = model_parser("tools.export", "Write a model in another format, and check what was written.")
     parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
-    parser.add_argument("--output", required=True, type=Path, help="file, or folder for hf")
+    parser.add_argument("--output", required=True, type=Path, help=f"file, or folder for {' and '.join(FOLDERS)}")
     args, loaded = load_from(parser, argv)
     if not loaded.trained:
         print(UNTRAINED)

@@ -1,10 +1,12 @@
 """Exported models compute what the model computes, in the library they were exported for."""
 
+import functools
 import json
 import os
 
 import onnx
 import onnxruntime
+import openvino
 import pytest
 import safetensors
 import timm
@@ -14,16 +16,23 @@ from support import CLASSES, command
 
 from models.weights import weights_of
 from runtime.errors import UsageError
-from tools import export
+from tools import export, onnx_format
 from tools.loading import UNTRAINED, Loaded, load_model
 
 FAMILIES = ["debiformer_nano", "biformer_tiny", "biformer_stl", "biformer_stl_nchw", "maxvit_stl"]
+DEPTHS = dict.fromkeys(FAMILIES, (1, 1, 1, 1)) | {"maxvit_stl": (2, 1, 1, 1)}
+"""Of models with one block of every kind that a family has."""
 
 
 def loaded_with_varied_weights(name: str, **kwargs) -> Loaded:
     loaded = load_model(name, **kwargs)
     fill(loaded.model).float()
     return loaded
+
+
+def small(name: str) -> dict:
+    """Arguments of a small model with one block of every kind; with nothing for what is small already."""
+    return {} if name == "debiformer_nano" else {"embed_dims": (96, 192, 288, 384), "depths": DEPTHS[name]}
 
 
 def run_onnx(path, images):
@@ -41,27 +50,69 @@ def relative(actual, expected):
 @torch.no_grad()
 @pytest.mark.slow
 @pytest.mark.parametrize("name", FAMILIES)
-def test_onnx_gives_the_same_logits_for_any_batch_size(name, tmp_path):
-    loaded = loaded_with_varied_weights(name, input_size=64)
+def test_onnx_gives_the_same_logits_for_any_batch_and_image_size(name, tmp_path):
+    loaded = loaded_with_varied_weights(name, input_size=64, model_kwargs=small(name))
     path = tmp_path / "model.onnx"
     assert export.export(loaded, "onnx", path) < 1e-4
     assert os.listdir(tmp_path) == ["model.onnx"]
     onnx.checker.check_model(path)
-    for batch in (1, 2, 5):
-        images = torch.randn(batch, 3, 64, 64)
+    for batch, size in ((1, (64, 64)), (2, (64, 64)), (5, (33, 95)), (3, (150, 41)), (1, (224, 224))):
+        images = export.random_images(loaded, batch, size)
         assert relative(run_onnx(path, images), loaded.model(images)) < 1e-4
 
 
-def test_packages_that_are_missing_are_named(tmp_path, monkeypatch):
+@torch.no_grad()
+@pytest.mark.slow
+def test_openvino_gives_the_same_logits_for_any_batch_and_image_size(tmp_path):
+    loaded = loaded_with_varied_weights("biformer_tiny", input_size=64, model_kwargs=small("biformer_tiny"))
+    assert export.export(loaded, "openvino", tmp_path / "model") < 1e-4
+    assert sorted(os.listdir(tmp_path / "model")) == ["model.bin", "model.xml"]
+    compiled = openvino.Core().compile_model(tmp_path / "model/model.xml", "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    for batch, size in ((1, (64, 64)), (5, (33, 95))):
+        images = export.random_images(loaded, batch, size)
+        assert relative(torch.from_numpy(compiled(images.numpy())[0]), loaded.model(images)) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_modules_of_a_model_in_sequence_are_the_model(name):
+    loaded = loaded_with_varied_weights(name, input_size=64, model_kwargs={"depths": DEPTHS[name]})
+    images = export.random_images(loaded, 2, (50, 71))
+    actual = functools.reduce(lambda x, module: module(x), onnx_format.in_sequence(loaded.model), images)
+    assert relative(actual, loaded.model(images)) < 1e-5
+
+
+@torch.no_grad()
+def test_programs_are_chained(tmp_path):
+    """Parts whose values have the same names, and whose sides are known by the same symbols."""
+    parts = [torch.nn.Conv2d(3, 4, 3, stride=2), torch.nn.Conv2d(4, 5, 3), torch.nn.AdaptiveAvgPool2d(1)]
+    images = torch.randn(2, 3, 17, 19, generator=torch.Generator().manual_seed(0))
+    examples = [images, torch.zeros(2, 4, 11, 13), torch.zeros(2, 5, 7, 9)]
+    programs = [onnx_format.exported(part, x, varied=(0, 2, 3)) for part, x in zip(parts, examples, strict=True)]
+    path = tmp_path / "chain.onnx"
+    onnx_format.save(onnx_format.chained(programs), (17, 19), path)
+    onnx.checker.check_model(path)
+    expected = torch.nn.Sequential(*parts)(images)
+    assert relative(run_onnx(path, images), expected) < 1e-5
+
+
+@torch.no_grad()
+@pytest.mark.slow
+def test_models_of_others_are_exported_for_any_batch_size(tmp_path):
+    loaded = load_model("mobilenetv3_small_050", input_size=64)
+    assert export.export(loaded, "onnx", tmp_path / "model.onnx") < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["onnx", "openvino"])
+def test_packages_that_are_missing_are_named(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else object())
-    with pytest.raises(UsageError, match=r"needs onnxscript: pip install onnxscript$"):
-        export.export(load_model("debiformer_nano"), "onnx", tmp_path / "model.onnx")
+    with pytest.raises(UsageError, match=rf"--format {kind} needs onnxscript: pip install onnxscript$"):
+        export.export(load_model("debiformer_nano"), kind, tmp_path / "model")
 
 
 def test_model_that_torch_cannot_export_is_reported_in_one_line(tmp_path):
     loaded = load_model("debiformer_nano")
-    loaded.model.head = torch.nn.Identity()
-    loaded.model.head.forward = lambda x: x if x.sum() > 0 else -x
+    loaded.model.downsample_layers[0].forward = lambda x: x if x.sum() > 0 else -x
     with pytest.raises(UsageError, match=r"^torch\.onnx cannot export debiformer_nano: .+") as error:
         export.export(loaded, "onnx", tmp_path / "model.onnx")
     assert "\n" not in str(error.value)

@@ -1,0 +1,125 @@
+"""A classifier as one ONNX file.
+
+This project's models are exported module by module and chained. The sides of a map are then simple terms of those of
+one module's input; as terms of the image's, through all stages, torch's symbolic shapes would take hours over them.
+"""
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from models.backbone import Backbone
+from models.ops.backend import use_backend
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+WINDOWS_TRACED = (17, 25)
+"""Sides of the map that a module is traced with, in windows: in a trace no side of anything may be one, or equal
+another by accident, as it would be taken to be so always."""
+
+
+class Classifier(nn.Module):
+    """What follows a model's last stage: (B, C, H, W) -> logits (B, classes)."""
+
+    def __init__(self, model: Backbone) -> None:
+        super().__init__()
+        self.norm, self.pool, self.head = model.norm, model.global_pool, model.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.pool(self.norm(x)))
+
+
+def in_sequence(model: Backbone) -> Iterator[nn.Module]:
+    """The modules that a model in evaluation mode runs, each on what the one before it returned."""
+    for downsample, blocks in zip(model.downsample_layers, model.stages, strict=True):
+        yield from chain([downsample], blocks)
+    yield Classifier(model)
+
+
+def write(model: nn.Module, size: int, path: Path) -> None:
+    """Write `images` (batch, 3, height, width) -> `logits` (batch, classes), for any batch size.
+
+    And for any height and width, where the model is this project's; others' take images of size x size pixels.
+    torch.onnx.OnnxExporterError if torch cannot export the model.
+    """
+    quiet = contextlib.ExitStack()
+    quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
+    quiet.enter_context(warnings.catch_warnings())
+    # ONNX knows no operators of this project, and has no strides, which fused attention would leave in the graph.
+    quiet.enter_context(use_backend("export"))
+    quiet.enter_context(sdpa_kernel(SDPBackend.MATH))
+    with quiet:
+        warnings.simplefilter("ignore")
+        if isinstance(model, Backbone):
+            program = chained(_programs(model))
+        else:
+            program = exported(model, torch.zeros(2, 3, size, size), varied=(0,))
+    save(program, ("height", "width") if isinstance(model, Backbone) else (size, size), path)
+
+
+def save(program: "onnx_ir.Model", sides: tuple[str | int, str | int], path: Path) -> None:
+    """Write a program of one input and one output: `images` (batch, channels, *sides) -> `logits` (batch, ...)."""
+    import onnx_ir
+
+    images, logits = program.graph.inputs[0], program.graph.outputs[0]
+    images.name, logits.name = "images", "logits"
+    images.shape = onnx_ir.Shape(["batch", images.shape[1], *sides])
+    logits.shape = onnx_ir.Shape(["batch", *logits.shape[1:]])
+    onnx_ir.save(program, path)
+
+
+def chained(programs: Iterable["onnx_ir.Model"]) -> "onnx_ir.Model":
+    """One program that runs these one after the other; each has one input and one output."""
+    import onnx_ir
+
+    programs = iter(programs)
+    whole = next(programs)
+    _rename(whole.graph, "0")
+    for number, program in enumerate(programs, start=1):
+        graph = program.graph
+        _rename(graph, str(number))
+        onnx_ir.convenience.replace_all_uses_with(graph.inputs[0], whole.graph.outputs[0])
+        nodes, initializers = list(graph), list(graph.initializers.values())
+        output = graph.outputs[0]
+        graph.outputs.clear()
+        graph.remove(nodes)
+        graph.initializers.clear()
+        whole.graph.extend(nodes)
+        for value in initializers:
+            whole.graph.register_initializer(value)
+        whole.graph.outputs[0] = output
+    return whole
+
+
+def _rename(graph: "onnx_ir.Graph", prefix: str) -> None:
+    """Give everything names of its own; forget shapes, whose symbols mean something else in other programs."""
+    values = [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
+    for value in values:
+        value.name = f"{prefix}.{value.name}"
+        if value.producer() is not None and value is not graph.outputs[0]:
+            value.shape = None
+    for node in graph:
+        node.name = f"{prefix}.{node.name}"
+
+
+def _programs(model: Backbone) -> Iterator["onnx_ir.Model"]:
+    x = torch.zeros(2, model.in_chans, 64, 64)
+    for module in in_sequence(model):
+        height, width = (windows * model.n_win + 1 for windows in WINDOWS_TRACED)
+        yield exported(module, x.new_zeros(*x.shape[:2], height, width), varied=(0, 2, 3))
+        x = module(x)
+
+
+def exported(module: nn.Module, example: Tensor, varied: Sequence[int]) -> "onnx_ir.Model":
+    """A module as a program, for any length of the `varied` axes of its input."""
+    shapes = dict.fromkeys(varied, torch.export.Dim.DYNAMIC)
+    return torch.onnx.export(module, (example,), dynamo=True, verbose=False, dynamic_shapes=(shapes,)).model
