@@ -18,13 +18,14 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from runtime.checkpoint import TrainingState, build_checkpoint
+from runtime.checkpoint import TrainingState
 from runtime.distributed import DistInfo, all_reduce_sum, share_buffers
 from runtime.errors import Stopped, UsageError
 from runtime.meters import LossMeter, check_weights
 from runtime.preemption import Request, handle_signals
 from runtime.run_folder import RunFolder
 from runtime.run_log import Progress
+from runtime.saving import Saver
 from tasks.base import Batch, Task
 from tasks.loading import Data
 from utils import count_parameters, seed_everything
@@ -51,6 +52,7 @@ class TrainStep:
     model: on its device, wrapped for distributed training if it is distributed. ema: an average of its weights.
     clip_grad: bound of the gradient's norm. updates: per epoch, by which the average's warm-up counts.
     train_mode: whether dropout, drop path and BatchNorm act as in training.
+    before_update: called before the weights change.
     """
 
     task: Task
@@ -64,6 +66,7 @@ class TrainStep:
     seed: int = 0
     updates: int = 0
     train_mode: bool = True
+    before_update: Callable[[], None] = lambda: None
 
     def step(self, batches: Sequence[Batch], epoch: int, update: int, meter: LossMeter) -> dict[str, Tensor]:
         """Update the weights with `accum_steps` batches. Returns the means of their losses here, on the device."""
@@ -79,6 +82,7 @@ class TrainStep:
         if self.clip_grad is not None:
             scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad)
+        self.before_update()
         scaler.step(self.optimizer)
         scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -210,9 +214,13 @@ class Run:
     how_to_go_on: str = ""
     saved_at: float = field(default_factory=time.monotonic, init=False)
 
+    def __post_init__(self) -> None:
+        self.saver = Saver(self.folder, self.step.precision.device)
+        self.step.before_update = self.saver.wait_for_copy
+
     def train(self) -> None:
         """Train and evaluate the epochs that are left. Stopped if a signal ended that early."""
-        with handle_signals() as self.requests:
+        with handle_signals() as self.requests, self.saver:
             self.requests.begin_training(self.step.info)
             if not self.state.evaluated:
                 self.scheduler.step(self.state.epoch - 1)
@@ -222,6 +230,7 @@ class Run:
                 started = time.monotonic()
                 self.train_epoch(epoch)
                 self.finish_epoch(epoch, started)
+            self._wait_for_checkpoint()
 
     def train_epoch(self, epoch: int) -> None:
         """Train the rest of an epoch, and save."""
@@ -250,6 +259,7 @@ class Run:
     def on_step(self, epoch: int, update: int, losses: dict[str, Tensor]) -> bool:
         """Tell the progress, and save if it is time or asked for. Returns whether to stop."""
         state, rate = self.state, self._rate()
+        self.saver.check()
         if update + 1 < self.data.updates:
             self.scheduler.step_update(epoch * self.data.updates + update + 1)
         if self.progress.due(update):
@@ -272,32 +282,38 @@ class Run:
 
     def finish_epoch(self, epoch: int, started: float) -> None:
         """Evaluate an epoch's weights and their average, keep the best, write the log, and save."""
-        state = self.state
+        state, best = self.state, ""
         record = {"epoch": epoch, "train_loss": state.meter.average(), "train_lr": self._rate()}
+        metric = self.step.task.metric
         for name, candidate in {"test": state.model, "test_ema": state.model_ema}.items():
             if candidate is not None:
                 figures = self._figures_of(candidate)
                 self._report(figures, "averaged weights: " if name == "test_ema" else "")
                 record |= {f"{name}_{figure}": value for figure, value in figures.items() if figure != "images"}
-                self._keep_best(candidate, {**figures, "epoch": epoch, "weights": name.replace("test", "model")})
+                weights = name.replace("test", "model")
+                if figures[metric] > state.best.get(metric, -1.0):
+                    state.best, best = {**figures, "epoch": epoch, "weights": weights}, weights
         if self.watcher is not None and (epoch + 1) % self.watch_every == 0:
             seen = self.watcher.collect()
             state.history.attention(seen.scalars, seen.pictures, epoch)
         record["n_parameters"] = count_parameters(state.model)
         record["seconds"] = round(time.monotonic() - started, 2)
         state.history.end_epoch(record)
-        self.save(epoch + 1, 0)
+        self.save(epoch + 1, 0, best=best)
 
-    def save(self, epoch: int, position: int, evaluated: bool = True) -> None:
-        """Write a checkpoint of this place in the run (see TrainingState). NonFiniteLoss if the weights are not."""
+    def save(self, epoch: int, position: int, evaluated: bool = True, best: str = "") -> None:
+        """Begin to write a checkpoint of this place (see TrainingState). NonFiniteLoss if the weights are not finite.
+
+        best: which of the state's weights are the best so far, if any.
+        """
         state = self.state
         check_weights(state.model, epoch if position else epoch - 1)
         state.meter.gather()
         state.epoch, state.position, state.evaluated = epoch, position, evaluated
         self.saved_at = time.monotonic()
         if self.step.info.is_main:
-            self.folder.save(build_checkpoint(state))
-        self.requests.barrier()  # a process that leaves takes the others with it: the launcher ends them
+            self.saver.save(state, best)
+        self.requests.barrier()  # the one before may not have been written yet
 
     def _figures_of(self, candidate: nn.Module) -> dict[str, float]:
         home = next(candidate.parameters()).device  # the average may live in host memory
@@ -313,21 +329,21 @@ class Run:
             for line in self.step.task.report(figures):
                 print(f"{prefix}{line}", flush=True)
 
-    def _keep_best(self, candidate: nn.Module, figures: dict[str, Any]) -> None:
-        metric = self.step.task.metric
-        if figures[metric] > self.state.best.get(metric, -1.0):
-            self.state.best = figures
-            if self.step.info.is_main:
-                self.folder.save_best(build_checkpoint(self.state, weights_only=candidate))
-
     def _after_batch(self, number: int) -> None:
-        # The checkpoint is already written; evaluating is not worth the little time that a signal leaves.
+        self.saver.check()
+        # The checkpoint is at least being written; evaluating is not worth the little time that a signal leaves.
         if number < self.data.val_batches and self.requests.sync() == Request.STOP:
             raise self._stopped()
 
     def _rate(self) -> float:
         return self.step.optimizer.param_groups[-1]["lr"]
 
+    def _wait_for_checkpoint(self) -> None:
+        """Wait until the last one is on the disk: a process that leaves takes the others with it, by the launcher."""
+        self.saver.wait()
+        self.requests.barrier()
+
     def _stopped(self) -> Stopped:
+        self._wait_for_checkpoint()
         message = f"stopped; checkpoint in {self.folder.path}. {self.how_to_go_on}"
         return Stopped(message, self.requests.signals)

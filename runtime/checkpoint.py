@@ -9,7 +9,7 @@ args: the options; data: what fixes the order of the data; classes: their names.
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -103,22 +103,20 @@ def position_of(checkpoint: dict[str, Any]) -> tuple[int, int, bool]:
     return epoch, position, evaluated
 
 
-def build_checkpoint(state: TrainingState, weights_only: nn.Module | None = None) -> dict[str, Any]:
-    """Build the dictionary that is saved; nothing else says what a checkpoint holds.
+def build_checkpoint(state: TrainingState) -> dict[str, Any]:
+    """Build the dictionary that is saved, of the state's own tensors; nothing else says what a checkpoint holds."""
+    values = {each.name: getattr(state, each.name) for each in fields(state)}
+    return {
+        name: value.state_dict() if hasattr(value, "state_dict") else value
+        for name, value in values.items()
+        if value is not None
+    }
 
-    weights_only: leave out what only going on with the training needs, auxiliary weights among it, and take the weights
-        from this module.
-    """
-    names = ("args", "classes", "best") if weights_only is not None else [f.name for f in fields(state)]
-    content = {}
-    if weights_only is not None:
-        weights = weights_only.state_dict()
-        content["model"] = {name: value for name, value in weights.items() if not name.startswith(AUXILIARY)}
-    for name in names:
-        value = getattr(state, name)
-        if value is not None:
-            content[name] = value.state_dict() if hasattr(value, "state_dict") else value
-    return content
+
+def weights_only(content: dict[str, Any], name: str) -> dict[str, Any]:
+    """Return what using a model needs of a checkpoint: the weights of this name, without auxiliary ones."""
+    weights = {key: value for key, value in content[name].items() if not key.startswith(AUXILIARY)}
+    return {"model": weights, **{key: content[key] for key in ("args", "classes", "best")}}
 
 
 TEMPORARY = ".tmp"
@@ -131,7 +129,7 @@ def save_checkpoint(checkpoint: dict[str, Any], path: Path, previous: Path | Non
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb") as file, _not_in_children(file.fileno()):
             torch.save(checkpoint, file)
             file.flush()
             os.fsync(file.fileno())
@@ -143,6 +141,29 @@ def save_checkpoint(checkpoint: dict[str, Any], path: Path, previous: Path | Non
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise UsageError(f"cannot write {path}: {error}; {_what_is_left(path.parent)}") from error
+
+
+_being_written: set[int] = set()
+
+
+@contextlib.contextmanager
+def _not_in_children(descriptor: int) -> Iterator[None]:
+    """Keep a file from processes forked during the block: loaders of data live long, and would keep it on the disk."""
+    _being_written.add(descriptor)
+    try:
+        yield
+    finally:
+        _being_written.discard(descriptor)
+
+
+def _let_go_in_child() -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY) if _being_written else -1
+    for descriptor in _being_written:
+        os.dup2(nowhere, descriptor)
+    _being_written.clear()
+
+
+os.register_at_fork(after_in_child=_let_go_in_child)
 
 
 def _what_is_left(folder: Path) -> str:

