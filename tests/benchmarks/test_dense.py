@@ -43,6 +43,13 @@ def test_counts_are_those_of_a_whole_inference(head):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("model", ["small", "base"])
+def test_detector_sees_a_large_image_within_the_memory_that_the_speed_benchmark_names(model):
+    measured = dense.memory(f"debiformer_{model}_mask_rcnn_coco", (800, 1344), torch.device("cpu"))
+    assert 100 < float(measured) < 3000
+
+
+@pytest.mark.slow
 def test_speed_and_memory_are_measured_on_request():
     recipe = "debiformer_tiny_retinanet_coco"
     printed = command("-m", "benchmarks.dense", "--measure", "--repeats", "1", "--device", "cpu", "--recipes", recipe)
