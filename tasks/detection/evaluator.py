@@ -15,8 +15,12 @@ from .boxes import rescaled
 from .data import mask_tools
 from .mask_rcnn import paste_masks
 
-STATS = ("", "50", "75", "_small", "_medium", "_large")
-"""COCO's first six figures: over overlaps 0.5 to 0.95, at 0.5, at 0.75, and by the objects' sizes."""
+STATS = (
+    *("AP_{}", "AP_{}50", "AP_{}75", "AP_{}_small", "AP_{}_medium", "AP_{}_large"),
+    *("AR_{}1", "AR_{}10", "AR_{}100", "AR_{}_small", "AR_{}_medium", "AR_{}_large"),
+)
+"""COCO's twelve figures: precision over overlaps 0.5 to 0.95, at 0.5, at 0.75, and by the objects' sizes; recall with
+one, ten and 100 detections per image, and by sizes."""
 
 
 class CocoEvaluator(Evaluator):
@@ -72,9 +76,9 @@ class CocoEvaluator(Evaluator):
         # In one order, however many processes there were: equal scores are ranked by their place.
         found = sorted((entry for _, entries in parts for entry in entries), key=lambda entry: entry["image_id"])
         figures = {"images": len(images)}
-        for kind, prefix in {"bbox": "AP_box", **({"segm": "AP_mask"} if self.masks else {})}.items():
+        for kind, word in {"bbox": "box", **({"segm": "mask"} if self.masks else {})}.items():
             stats = zip(STATS, self._stats(found, images, kind), strict=True)
-            figures |= {f"{prefix}{name}": 100 * float(value) for name, value in stats if value >= 0}
+            figures |= {name.format(word): 100 * float(value) for name, value in stats if value >= 0}
         return figures
 
     def _stats(self, found: list[dict[str, Any]], images: list[int], kind: str) -> list[float]:
@@ -86,4 +90,4 @@ class CocoEvaluator(Evaluator):
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-        return evaluation.stats[:6]  # -1 where there is no such object
+        return evaluation.stats[: len(STATS)]  # -1 where there is no such object

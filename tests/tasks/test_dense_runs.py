@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 from dense_cases import HEADS, SMALL
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from support import complaint, stop_after
 
@@ -13,6 +15,7 @@ import main
 from models.weights import load_checkpoint
 from runtime.checkpoint import BEST, LAST
 from runtime.errors import Stopped
+from tasks import find_task
 from tasks.options import parse_args
 from tasks.trained import trained_options
 from tools import make_shapes
@@ -312,22 +315,44 @@ def test_average_precision_is_that_of_pycocotools(options_for, shapes):
         evaluator.update([{**found, "masks": masks.repeat(2, 1, 1, 1)}], batch)
     figures = evaluator.compute()
     truth = COCO(str(val.file))
-    for kind, prefix in {"bbox": "AP_box", "segm": "AP_mask"}.items():
+    for kind, word in {"bbox": "box", "segm": "mask"}.items():
         reference = COCOeval(truth, truth.loadRes(evaluator.found), kind)
         reference.evaluate()
         reference.accumulate()
         reference.summarize()
-        for name, value in zip(STATS, reference.stats, strict=False):
+        for name, value in zip(STATS, reference.stats, strict=True):
             if value >= 0:
-                assert figures[f"{prefix}{name}"] == pytest.approx(100 * value, abs=1e-6)
+                assert figures[name.format(word)] == pytest.approx(100 * value, abs=1e-6), name
     assert 0 < figures["AP_box"] < 100
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_no_size_of_image_ends_an_inference(options_for, head):
+    task = find_task(HEADS[head][1])(options_for(head, "--head_channels", "32"))
+    task.sources()
+    torch.manual_seed(0)
+    network = task.build_model().eval()
+
+    @settings(max_examples=10, derandomize=True, deadline=None)
+    @given(height=st.integers(1, 130), width=st.integers(1, 130))
+    def sees(height, width):
+        image = torch.zeros(1, 3, height, width, dtype=torch.uint8)
+        batch = {"images": image, "labels": torch.zeros(1, height, width), "targets": []}
+        if task.opts.task == "detection":
+            batch["images"] = list(image)
+        with torch.no_grad():
+            outputs = task.forward(network, task.preprocess(batch, train=False))
+        if task.opts.task == "detection":
+            assert outputs[0]["boxes"].shape[1:] == (4,)
+        else:
+            assert outputs.shape == (1, 4, height, width)
+
+    sees()
 
 
 @pytest.mark.parametrize("model", ["resnet18", "debiformer_nano"])
 @pytest.mark.parametrize("head", ["semantic_fpn", "upernet", "retinanet"])
 def test_images_of_any_size_pass_through_any_backbone(options_for, model, head):
-    from tasks import find_task
-
     kwargs = [] if model == "resnet18" else ["embed_dims=16,32,48,64", "depths=1,1,1,1"]
     options = options_for(head, "--model", model, *(["--model_kwargs", *kwargs] if kwargs else []))
     if not kwargs:
