@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, resolve_data_config
 from timm.models import get_pretrained_cfg
 from timm.task import DistillationTeacher
@@ -60,15 +61,21 @@ def _statistics(pixels: Pixels, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 class Teacher(nn.Module):
-    """A model in evaluation mode that is given images normalised for another one, and normalises them for itself.
+    """A model in evaluation mode that is given images meant for another one, and makes of them what it is used to.
 
-    student: what the images are normalised with.
+    student: what the images are normalised with. side: of the square that they are resized to; None: as they are.
     """
 
-    def __init__(self, model: nn.Module, student: Pixels, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, student: Pixels, device: torch.device, side: int | None = None) -> None:
         super().__init__()
-        self.teacher = DistillationTeacher(model, device=device)
+        self.teacher, self.side = DistillationTeacher(model, device=device), side
         self.student = [torch.tensor(values, device=device).view(1, -1, 1, 1) for values in (student.mean, student.std)]
 
+    def shown(self, images: Tensor) -> Tensor:
+        """What the teacher sees of images (B, 3, H, W)."""
+        if self.side is not None and images.shape[2:] != (self.side, self.side):
+            images = F.interpolate(images, (self.side, self.side), mode="bicubic", antialias=True)
+        return self.teacher.normalize_input(images, *self.student)
+
     def forward(self, images: Tensor) -> Tensor:
-        return self.teacher(self.teacher.normalize_input(images, *self.student))
+        return self.teacher(self.shown(images))

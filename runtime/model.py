@@ -22,17 +22,26 @@ def check_model_name(name: str, option: str) -> None:
 def build_model(options: ModelOptions, num_classes: int) -> nn.Module:
     """Build the model of --model with the options' regularisation. UsageError if timm or the model refuses."""
     check_model_name(options.model, "--model")
-    cfg = timm.get_pretrained_cfg(options.model, allow_unregistered=True)
-    ours = timm.models.is_model_in_modules(options.model, ("debiformer", "biformer", "stl"))
-    sized = ours or bool(cfg and cfg.fixed_input_size)
+    sized = {"img_size": options.input_size} if takes_size(options.model) else {}
     arguments = {
         "num_classes": num_classes,
         "drop_rate": options.drop,
         "drop_path_rate": options.drop_path,
-        **({"img_size": options.input_size} if sized else {}),
+        **sized,
         **options.model_kwargs,
     }
     return _create_model(options, arguments)
+
+
+def is_ours(name: str) -> bool:
+    """Whether a model is one of this project, whose weights fit every image size."""
+    return timm.models.is_model_in_modules(name, ("debiformer", "biformer", "stl"))
+
+
+def takes_size(name: str) -> bool:
+    """Whether a model is built for images of one size, its argument `img_size`."""
+    cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    return is_ours(name) or bool(cfg and cfg.fixed_input_size)
 
 
 def _create_model(options: ModelOptions, arguments: dict[str, Any]) -> nn.Module:

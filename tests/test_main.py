@@ -259,6 +259,9 @@ def test_teacher_has_to_know_the_classes(small_options, monkeypatch):
     with pytest.raises(UsageError, match="resnet10t knows 1000 classes, the data has 4; pass the --teacher_path"):
         main.run(options)
     options.teacher_model = "resnet10t.no_such_weights"
+    with pytest.raises(UsageError, match=r"cannot be had \(Invalid pretrained tag \(no_such_weights\) for resnet10t"):
+        main.run(options)
+    options.teacher_model = "resnet10t"
 
     def offline(name, **kwargs):
         raise ConnectionError("Max retries exceeded\nwith url")

@@ -100,7 +100,7 @@ def test_teacher_is_given_images_of_its_own_statistics(white, tmp_path):
     options = parse_args(
         [
             *("--model", "debiformer_nano", "--teacher_model", "half_pixels", "--distillation_type", "soft"),
-            *("--teacher_path", str(tmp_path / "teacher.pth"), "--data_path", str(white)),
+            *("--teacher_path", str(tmp_path / "teacher.pth"), "--data_path", str(white), "--teacher_input_size", "8"),
         ]
     )
     teacher = build_teacher(options, 4, pixels_for(options), torch.device("cpu"))

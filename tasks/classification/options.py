@@ -1,5 +1,6 @@
 """The options of classification."""
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,15 +77,54 @@ def check_mixing(options: Any) -> None:
         raise UsageError(f"mixup and CutMix pair images: --batch_size must be even, not {options.batch_size}")
 
 
+LOGITS, TOKENS, FEATURES = LESSONS = ("logits", "tokens", "features")
+"""What a teacher may teach: its answer for the image, its answers for each place, its maps."""
+
+
 @dataclass
 class DistillationOptions:
     """Distillation"""
 
     teacher_model: str = option("regnety_160", "any model of timm")
     teacher_path: str = option("", "checkpoint of the teacher; empty: timm's pretrained weights")
-    distillation_type: str = option("none", "what the teacher teaches", choices=("none", "soft", "hard"))
-    distillation_alpha: float = option(0.5, "weight of the teacher", at_least=0, at_most=1)
+    teacher_input_size: int | None = option(
+        None,
+        "side in pixels of what the teacher is shown, the student's image resized; null: what it was trained with",
+        at_least=1,
+    )
+    distill: str = option(
+        "",
+        "what the teacher teaches, joined by commas (or by +, for Hydra): logits, its answer for the image (soft, "
+        "unless --distillation_type hard); tokens, its answers for each place; features, its maps",
+    )
+    distillation_type: str = option(
+        "none", "how logits are taught; none: only if --distill says so", choices=("none", "soft", "hard")
+    )
+    distillation_alpha: float = option(0.5, "weight of the teacher's logits", at_least=0, at_most=1)
     distillation_tau: float = option(1.0, "temperature of soft distillation", above=0)
+    distill_dense_weight: float = option(1.0, "weight of the loss of tokens, and of that of features", above=0)
+    distill_feature_loss: str = option(
+        "cosine",
+        "how far features are from the teacher's: cosine, 1 - the cosine of the angle at each place; smooth_l1, from "
+        "the teacher's with mean 0 and deviation 1 at each place",
+        choices=("cosine", "smooth_l1"),
+    )
+
+
+def lessons_of(options: Any) -> set[str]:
+    """Which of `LESSONS` a run has."""
+    named = set(filter(None, re.split("[,+ ]+", options.distill)))
+    return named | ({LOGITS} if options.distillation_type != "none" else set())
+
+
+def check_distillation(options: Any) -> None:
+    """UsageError if there is no such lesson, or a student that would not answer for its places."""
+    lessons = lessons_of(options)
+    unknown = sorted(lessons - set(LESSONS))
+    if unknown:
+        raise UsageError(f"--distill {options.distill}: {unknown[0]!r} is none of {', '.join(LESSONS)}")
+    if lessons - {LOGITS} and options.finetune_eval_mode and not options.eval:
+        raise UsageError("--finetune_eval_mode goes with --distill logits alone; leave it out")
 
 
 @dataclass

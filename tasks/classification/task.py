@@ -22,16 +22,19 @@ from runtime.samplers import REPEATS
 from runtime.storage import read_patiently
 from tasks.base import Batch, Evaluator, Prediction, Sample, Task
 
+from .distillation import add_answers
 from .eval_sets import TITLES, open_eval_set
 from .evaluator import TopK
-from .losses import build_loss
+from .losses import DenseLoss, build_loss
 from .options import (
     AugmentationOptions,
     DataOptions,
     DistillationOptions,
     MixingOptions,
     check_data,
+    check_distillation,
     check_mixing,
+    lessons_of,
     mixing,
 )
 from .sources import LISTED, Samples, choose_classes, class_numbers, open_sources
@@ -45,7 +48,7 @@ class Classification(Task):
     """One class per image, judged by top-1 accuracy. Batches have "targets": (B,) int64, or shares (B, C)."""
 
     options = (DataOptions, AugmentationOptions, MixingOptions, DistillationOptions)
-    checks = (check_mixing, check_data)
+    checks = (check_mixing, check_data, check_distillation)
     metric = "acc1"
     title = "accuracy"
     figures: ClassVar[dict[str, str]] = {"acc1": "top-1", "acc5": "top-5"}
@@ -60,7 +63,7 @@ class Classification(Task):
     def check(self) -> None:
         if self.opts.eval:
             return
-        if self.opts.distillation_type != "none":
+        if lessons_of(self.opts):
             check_model_name(self.opts.teacher_model, "--teacher_model")
         train_transform(self.opts)
 
@@ -116,14 +119,23 @@ class Classification(Task):
     # -- model
 
     def build_model(self) -> nn.Module:
+        model = build_model(self.opts, self.num_classes)
         if not self.opts.eval:
-            _ = self.criterion  # a teacher that cannot be had is told before training begins
-        return build_model(self.opts, self.num_classes)
+            criterion = self.criterion  # a teacher that cannot be had is told before training begins
+            if isinstance(criterion, DenseLoss):
+                add_answers(model, criterion.image.teacher, self.num_classes)
+        return model
 
     def load_pretrained(self, model: nn.Module, weights: dict[str, Tensor], trained: Sequence[str], path: Path) -> list:
         if trained and self.classes and list(trained) != list(self.classes):
             weights = without_classifier(model, weights)
-        return load_to_finetune(model, weights, path)
+        auxiliary = getattr(model, "auxiliary", None)
+        if auxiliary is None:
+            return load_to_finetune(model, weights, path)
+        del model.auxiliary
+        fresh = load_to_finetune(model, weights, path)
+        model.auxiliary = auxiliary
+        return [*fresh, "auxiliary"]
 
     # -- training and evaluation
 
@@ -163,11 +175,14 @@ class Classification(Task):
 
     @cached_property
     def criterion(self) -> nn.Module:
-        """The loss, called as criterion(images, logits, targets), with its teacher if there is one."""
-        return build_loss(self.opts, build_teacher(self.opts, self.num_classes, self.pixels, self.device))
+        """The loss, called as criterion(images, outputs, targets), with its teacher if there is one."""
+        classes = self.classes if self.named else ()
+        teacher = build_teacher(self.opts, self.num_classes, self.pixels, self.device, classes)
+        return build_loss(self.opts, teacher)
 
-    def loss(self, outputs: Tensor, batch: Batch) -> dict[str, Tensor]:
-        return {"loss": self.criterion(batch["images"], outputs, batch["targets"])}
+    def loss(self, outputs: Any, batch: Batch) -> dict[str, Tensor]:
+        found = self.criterion(batch["images"], outputs, batch["targets"])
+        return found if isinstance(found, dict) else {"loss": found}
 
     def evaluator(self, split: bool) -> Evaluator:
         return TopK(self.device, self.info if split else None, self._subset)

@@ -11,9 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from timm.data import ImageNetInfo
 from timm.data.transforms import str_to_pil_interp
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
@@ -21,19 +19,18 @@ from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
 
 import utils
-from models.labels import class_names
 from models.pixels import Pixels, normalize, pixels_of
-from models.weights import WeightsError, load_checkpoint, options_of
+from models.weights import WeightsError
 from runtime.command_line import build_parser, with_underscores
 from runtime.distributed import DistInfo, find_processes
 from runtime.errors import UsageError, exit_on_error, explain_dead_workers
 from runtime.images import MAX_PIXELS
-from runtime.model import check_model_name
 from runtime.options import check_ranges, option
 from runtime.samplers import Key
+from tasks.classification.distillation import logits_of_places
 from tasks.classification.options import DataOptions
 from tasks.classification.sources import Samples, open_sources
-from tasks.classification.teacher import load_teacher
+from tasks.classification.teacher import Candidate
 from tasks.loading import Transformed, usable_workers
 
 from .maps import (
@@ -49,7 +46,6 @@ from .maps import (
     write_atomically,
     write_shard,
 )
-from .model import channel_axis
 
 STRIDE = 16
 """Pixels, of an image of the teacher's own size, from place to place."""
@@ -73,15 +69,11 @@ class Teacher:
 
         What the classifier makes of the whole image's pooled features, it makes of those at each place.
         """
-        model = self.model
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
-            features = model.forward_features(normalize(images.to(self.device), self.pixels))
-            axis = channel_axis(features, model.num_features, "--teacher")
-            features = features.movedim(axis, -1)
-            places = features.flatten(0, 2)[:, None, None]  # each a map of one place
-            logits = model.forward_head(places.movedim(-1, axis)).float()
+            features = self.model.forward_features(normalize(images.to(self.device), self.pixels))
+            logits = logits_of_places(self.model, features, "--teacher")
         top = logits.log_softmax(-1).topk(min(KEPT, logits.shape[-1]))
-        values, indices = (part.view(*features.shape[:3], -1).permute(0, 3, 1, 2).cpu() for part in top)
+        values, indices = (part.permute(0, 3, 1, 2).cpu() for part in top)
         return values.half(), indices.to(torch.int16 if logits.shape[-1] <= 2**15 else torch.int32)
 
 
@@ -137,23 +129,14 @@ def parse(argv: Sequence[str] | None = None) -> GenerateOptions:
 
 def build_teacher(options: GenerateOptions, classes: Sequence[str], device: torch.device) -> Teacher:
     """Load the teacher. UsageError if it cannot be had, or knows other classes than the data's."""
-    name, path = options.teacher, options.teacher_path
-    check_model_name(name, "--teacher")
-    content = load_checkpoint(path) if path else {}
-    trained, imagenet = options_of(content), ImageNetInfo().label_names()
-    known = class_names(content) or (imagenet if len(classes) == len(imagenet) else [])
-    if known and list(classes) and known != list(classes):
-        raise UsageError(f"--teacher {name} was trained on other classes than the data's, or in another order")
-    cfg = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    arguments = trained.get("model_kwargs", {})
-    own = trained.get("input_size") or (cfg.input_size[-1] if cfg else 224)
-    reduction = timm.create_model(name, **arguments).feature_info[-1]["reduction"]
+    name = options.teacher
+    candidate = Candidate(name, options.teacher_path, "--teacher")
+    candidate.check_classes(classes)
+    own, reduction = candidate.side, candidate.reduction
     side = options.input_size or -(-own * max(reduction // STRIDE, 1) // reduction) * reduction
     if side % reduction:
         raise UsageError(f"--input_size {side} is no multiple of {reduction}: {name} would see places beyond the image")
-    if timm.models.is_model_in_modules(name, ("debiformer", "biformer", "stl")) or (cfg and cfg.fixed_input_size):
-        arguments = {**arguments, "img_size": side}
-    model = load_teacher(name, path, options.num_classes or len(classes), "--teacher", **arguments)
+    model = candidate.build(options.num_classes or len(classes), side)
     model = model.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
     return Teacher(model, pixels_of(name), side, device, utils.AMP_DTYPES[options.amp])
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from runtime.errors import UsageError
+from tasks.classification.distillation import channel_axis
 
 
 class AuxiliaryOutputs:
@@ -53,15 +54,6 @@ def middle_stage(model: nn.Module) -> int:
     if not stages or not hasattr(model, "forward_intermediates"):
         raise UsageError(f"--tl_stage3: {type(model).__name__} shows no map at stride 16; leave the option out")
     return stages[-1]
-
-
-def channel_axis(features: Tensor, width: int, option: str) -> int:
-    """The axis, 1 or 3, of a map's `width` channels. UsageError, naming the option, if `features` are no map."""
-    if features.ndim == 4:
-        for axis in (1, 3):
-            if features.shape[axis] == width:
-                return axis
-    raise UsageError(f"{option}: its last features are no map of places; choose a model with strided stages")
 
 
 @torch.no_grad()

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from runtime.errors import UsageError
 from runtime.model import build_model
 from runtime.options import option
 from tasks.base import Batch, Sample
+from tasks.classification.losses import soft_cross_entropy
 from tasks.classification.options import AugmentationOptions, DataOptions, check_data
 from tasks.classification.task import Classification
 from tasks.classification.transforms import train_transform
@@ -122,13 +122,6 @@ class TokenLabeling(Classification):
             self.grids = token_grids(model, opts.input_size)
         return model
 
-    def load_pretrained(self, model: nn.Module, weights: dict[str, Tensor], trained: Sequence[str], path: Path) -> list:
-        auxiliary = model.auxiliary
-        del model.auxiliary
-        fresh = super().load_pretrained(model, weights, trained, path)
-        model.auxiliary = auxiliary
-        return [*fresh, "auxiliary"]
-
     def forward(self, model: nn.Module, batch: Batch) -> Any:
         outputs = model(batch["images"])
         if model.training or isinstance(outputs, Tensor):
@@ -158,11 +151,6 @@ class TokenLabeling(Classification):
         dense = torch.stack(tokens).mean()
         total = opts.tl_cls_weight * image + opts.tl_dense_weight * dense
         return {"loss": total, "loss_class": image, "loss_tokens": dense}
-
-
-def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """The mean over all but the last axis, that of the classes."""
-    return -(targets * logits.log_softmax(-1)).sum(-1).mean()
 
 
 def class_targets(seen: Tensor, labels: Tensor, kind: str, smoothing: float) -> Tensor:
