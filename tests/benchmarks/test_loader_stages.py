@@ -1,0 +1,24 @@
+"""`python -m benchmarks.loader` from end to end, on a few images."""
+
+import json
+
+import pytest
+
+from benchmarks import loader
+from runtime.errors import UsageError
+
+
+def test_loader_measures_both_loaders_and_every_stage(tmp_path, capsys):
+    argv = ["--images", "4", "--repeats", "1", "--write", "--results", str(tmp_path)]
+    loader.main([*argv, "--", "--input_size", "64", "--batch_size", "2"])
+    rows = json.loads((tmp_path / "loader-cpu.json").read_text())["rows"]
+    assert {"ours", "timm", "decode", "RandomCrop", "RandAugment", "the rest"} <= rows["training"][0].keys()
+    assert {"ours", "timm", "decode", "Resize", "CenterCrop", "the rest"} <= rows["evaluation"][0].keys()
+    for (row,) in rows.values():
+        assert row["ours"] == pytest.approx(sum(row.values()) - row["ours"] - row["timm"])
+    assert (tmp_path / "loader-cpu.md").read_text() == capsys.readouterr().out
+
+
+def test_loader_measures_folders_of_classified_images_alone():
+    with pytest.raises(UsageError, match="leave out --task and --data_set"):
+        loader.main(["--images", "1", "--", "--data_set", "DIGITS"])
