@@ -14,7 +14,7 @@ SHAPES := data/shapes
 .PHONY: quickstart quickstart-dense test test-clients demo lint docs clean
 
 quickstart: $(VENV)/installed
-	$(RUN) main.py
+	$(RUN) main.py --output_dir outputs/quickstart
 
 quickstart-dense: $(VENV)/installed-dense $(SHAPES)/classes.txt
 	$(RUN) main.py --recipe debiformer_nano_semantic_fpn_shapes --output_dir $(DENSE)/segmentation

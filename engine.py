@@ -51,8 +51,8 @@ class TrainStep:
 
     model: on its device, wrapped for distributed training if it is distributed. ema: an average of its weights.
     clip_grad: bound of the gradient's norm. updates: per epoch, by which the average's warm-up counts.
-    train_mode: whether dropout, drop path and BatchNorm act as in training.
-    before_update: called before the weights change.
+    train_mode: whether dropout, drop path and BatchNorm act as in training. frozen: parts of the model in which they
+    never do, and nothing is trained. before_update: called before the weights change.
     """
 
     task: Task
@@ -67,6 +67,13 @@ class TrainStep:
     updates: int = 0
     train_mode: bool = True
     before_update: Callable[[], None] = lambda: None
+    frozen: Sequence[nn.Module] = ()
+
+    def begin_training(self) -> None:
+        """Put the model into the mode that it is trained in."""
+        self.model.train(self.train_mode)
+        for part in self.frozen:
+            part.eval()
 
     def step(self, batches: Sequence[Batch], epoch: int, update: int, meter: LossMeter) -> dict[str, Tensor]:
         """Update the weights with `accum_steps` batches. Returns the means of their losses here, on the device."""
@@ -152,7 +159,7 @@ def train_one_epoch(
     batches: starting with those of update `start`.
     after_update(update, losses): called after each update; training stops there if it returns true.
     """
-    step.model.train(step.train_mode)
+    step.begin_training()
     batches = iter(batches)
     for update in range(start, updates):
         group = list(islice(batches, step.accum_steps))

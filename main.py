@@ -23,11 +23,11 @@ from models.weights import WeightsError, load_checkpoint, load_for_inference, op
 from models.weights.releases import Places, find_release
 from optim_factory import build_ema, build_optimizer, build_scheduler, check_training, training_notes
 from runtime.agreement import decide
-from runtime.checkpoint import TrainingState
+from runtime.checkpoint import TrainingState, held_out_of
 from runtime.distributed import find_processes, process_group
 from runtime.errors import UsageError, exit_on_error, explain_dead_workers, message_of, note
 from runtime.meters import LossMeter
-from runtime.model import check_model_name
+from runtime.model import check_model_name, freeze
 from runtime.options import RunOptions, inert_notes
 from runtime.resume import find_checkpoint, go_on, how_to_go_on, name_folder, open_folder
 from runtime.run_folder import RunFolder
@@ -62,7 +62,7 @@ def run(options: Options) -> dict[str, Any]:
 def evaluate_only(options: Options, task: Task) -> dict[str, Any]:
     """Evaluate a checkpoint, or an untrained model."""
     content = load_checkpoint(options.resume) if options.resume else {}
-    trained = class_names(content)
+    trained, task.held_out = class_names(content), held_out_of(content)
     data = build_data(task, options, trained)
     model = task.build_model()
     path = release_of(options, model) if options.load_release else options.resume
@@ -96,6 +96,7 @@ def train(options: Options, task: Task) -> dict[str, Any]:
         checkpoint = find_checkpoint(folder, options.resume, options.auto_resume, info)
         first = None if checkpoint else first_checkpoint(options)
         trained = classes_before(options, checkpoint[0] if checkpoint else first)
+        task.held_out = held_out_of(checkpoint[0]) if checkpoint else []
         data = build_data(task, options, trained)
         model = task.build_model()
         if first is not None:
@@ -146,6 +147,7 @@ def release_of(options: RunOptions, model: nn.Module) -> Path:
 
 def build_step(options: Options, task: Task, model: nn.Module, data: Data) -> TrainStep:
     """What updates the weights."""
+    frozen = freeze(model, options.freeze) if options.freeze else []
     ema = build_ema(model, options)
     if options.compile:
         model.compile(dynamic=False)  # training and evaluation have few, fixed shapes
@@ -161,6 +163,7 @@ def build_step(options: Options, task: Task, model: nn.Module, data: Data) -> Tr
         seed=options.seed,
         updates=data.updates,
         train_mode=not options.finetune_eval_mode,
+        frozen=frozen,
     )
     if task.info.distributed:
         step.distribute(data.first_batch())
@@ -179,6 +182,7 @@ def build_state(options: Options, step: TrainStep, data: Data, folder: RunFolder
         history=RunLog(*folders, figures=task.figures, title=task.title),
         args=asdict(options),
         classes=list(task.classes),
+        held_out=list(task.held_out),
         data={
             "images per epoch": data.epoch_images,
             "total batch": data.total_batch,
@@ -221,8 +225,22 @@ def begin(options: Options, run: Run) -> None:
     decide(write, task.info)
     if task.info.is_main:
         describe(options, data, run.state.model, task.num_classes, task.info, task.device)
-        for line in inert_notes(options) + training_notes(options, data.total_batch, options.epochs * data.updates):
+        lines = inert_notes(options) + training_notes(options, data.total_batch, options.epochs * data.updates)
+        for line in lines + notes_on_parts(options, run):
             note(line)
+
+
+def notes_on_parts(options: Options, run: Run) -> list[str]:
+    """What is not trained, and what is not trained on, a line each."""
+    notes, task, model = [], run.step.task, run.state.model
+    if options.freeze:
+        trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        notes.append(
+            f"--freeze {options.freeze}: {trained:,} of {utils.count_parameters(model):,} parameters are trained"
+        )
+    if task.held_out:
+        notes.append(f"{len(task.held_out)} of the training images are kept for evaluation")
+    return notes
 
 
 def end(run: Run) -> dict[str, Any]:

@@ -4,12 +4,13 @@ A checkpoint is a dict of tensors and plain containers, readable with `torch.loa
 model, model_ema, optimizer, scaler: state dicts; epoch, position: the place in the data at which
 training goes on (position counts the images of the epoch already seen by all processes together); evaluated: whether
 the epoch before has been; meter: the loss of the epoch so far; best: the best figures so far; history: the run's log;
-args: the options; data: what fixes the order of the data; classes: their names.
+args: the options; data: what fixes the order of the data; classes: their names; held_out: the names of images that
+were kept from training to evaluate on.
 """
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ class TrainingState:
     args: dict[str, Any]
     classes: list[str]
     data: dict[str, Any]
+    held_out: list[str] = field(default_factory=list)
     model_ema: nn.Module | None = None
     epoch: int = 0
     position: int = 0
@@ -50,7 +52,7 @@ class TrainingState:
 
     def restore(self, checkpoint: dict[str, Any], path: str | Path) -> None:
         """Load a checkpoint. UsageError if it is of another model, or of other data midway an epoch."""
-        missing = {f.name for f in fields(self)} - {"model_ema", "evaluated"} - checkpoint.keys()
+        missing = {f.name for f in fields(self)} - {"model_ema", "evaluated", "held_out"} - checkpoint.keys()
         if missing:
             raise UsageError(f"{path} holds no state of a training run (no {listed(missing)}); use --finetune {path}")
         damaged = [name for name, is_sound in SOUND.items() if name in checkpoint and not is_sound(checkpoint[name])]
@@ -95,6 +97,12 @@ class TrainingState:
             note(f"the data had {then} training images when {path} was written, now {now}")
 
 
+def held_out_of(checkpoint: Mapping[str, Any]) -> list[str]:
+    """Return the names of the images that a checkpoint's training left for evaluation; [] if it says none."""
+    names = checkpoint.get("held_out")
+    return names if _names(names) else []
+
+
 def position_of(checkpoint: dict[str, Any]) -> tuple[int, int, bool]:
     """Return where training goes on: epoch, image in it, and whether the epoch before has been evaluated."""
     epoch, position, evaluated = checkpoint["epoch"], checkpoint["position"], checkpoint.get("evaluated", True)
@@ -116,7 +124,7 @@ def build_checkpoint(state: TrainingState) -> dict[str, Any]:
 def weights_only(content: dict[str, Any], name: str) -> dict[str, Any]:
     """Return what using a model needs of a checkpoint: the weights of this name, without auxiliary ones."""
     weights = {key: value for key, value in content[name].items() if not key.startswith(AUXILIARY)}
-    return {"model": weights, **{key: content[key] for key in ("args", "classes", "best")}}
+    return {"model": weights, **{key: content[key] for key in ("args", "classes", "held_out", "best")}}
 
 
 TEMPORARY = ".tmp"
@@ -229,6 +237,10 @@ def _best(value: Any) -> bool:
     )
 
 
+def _names(value: Any) -> bool:
+    return _all(lambda name: isinstance(name, str), value)
+
+
 def _row(value: Any) -> bool:
     return _all(_number, value) and len(value) == 2
 
@@ -259,6 +271,7 @@ SOUND = {
     "data": _named,
     "epoch": _count,
     "evaluated": lambda value: isinstance(value, bool),
+    "held_out": _names,
     "history": _history,
     "meter": lambda value: isinstance(value, dict) and _all(_row, value.get("sums")),
     "model": _named,

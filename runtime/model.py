@@ -1,12 +1,14 @@
-"""A model of this project or of timm, from the options of a run."""
+"""A model of this project or of timm from the options of a run, and what of it is trained."""
 
 from typing import Any
 
 import timm
+from timm.models import group_parameters
 from torch import nn
 
 import models
 from models.arguments import check_arguments
+from models.weights import AUXILIARY
 from runtime.distributed import find_processes
 from runtime.errors import UsageError, did_you_mean, note
 from runtime.options import ModelOptions
@@ -64,3 +66,43 @@ def _create_model(options: ModelOptions, arguments: dict[str, Any]) -> nn.Module
         return _create_model(options, {name: arguments[name] for name in arguments if name != "drop_path_rate"})
     except (ValueError, RuntimeError) as error:
         raise UsageError(f"--model {options.model}: {error}") from error
+
+
+def classifiers_of(model: nn.Module) -> tuple[str, ...]:
+    """Return what the names of a classifier's parameters begin with."""
+    names = getattr(model, "default_cfg", {}).get("classifier") or "head"
+    return tuple(f"{name}." for name in ([names] if isinstance(names, str) else names))
+
+
+def freeze(model: nn.Module, option: str) -> list[nn.Module]:
+    """Leave a part of a model as it is: --freeze. Stages are counted as timm's `group_matcher` tells them apart.
+
+    Returns:
+        The modules of which nothing is trained, and which therefore belong in evaluation mode, the outermost only.
+
+    Raises:
+        UsageError: the model has fewer stages, or does not say which they are.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    if option == "backbone":
+        frozen = {name for name in names if not name.startswith((*classifiers_of(model), AUXILIARY))}
+    else:
+        if not hasattr(model, "group_matcher"):
+            raise UsageError(f"--freeze {option}: {type(model).__name__} does not say what its stages are")
+        stage = group_parameters(model, model.group_matcher(coarse=True), reverse=True)
+        last = max(stage.values())  # the classifier's
+        if int(option) >= last:
+            raise UsageError(f"--freeze {option}: {type(model).__name__} has {last - 1} stages")
+        frozen = {name for name in names if stage[name] <= int(option)}
+    if len(frozen) == len(names):
+        raise UsageError(f"--freeze {option} leaves nothing to train; leave it out")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name not in frozen)
+    return _frozen_parts(model)
+
+
+def _frozen_parts(module: nn.Module) -> list[nn.Module]:
+    parameters = list(module.parameters())
+    if parameters and not any(parameter.requires_grad for parameter in parameters):
+        return [module]
+    return [part for child in module.children() for part in _frozen_parts(child)]

@@ -27,7 +27,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: Any, path: str | Pat
         raise damaged
     if [group.get("params") for group in theirs] != [group["params"] for group in ours]:
         raise UsageError(
-            f"{path}: its optimizer has other groups; use its --opt, --layer_decay, --decay_position_tables"
+            f"{path}: its optimizer has other groups; use its --opt, --layer_decay, --freeze, --decay_position_tables"
         )
     expected = _after_one_step(optimizer)
     if expected["state"] and not saved["state"]:

@@ -200,6 +200,11 @@ class ModelOptions:
     finetune: str = option(
         "", "checkpoint, a file or an http(s) address, to start from; another class count or input size is adapted"
     )
+    freeze: str = option(
+        "",
+        "with --finetune or --load_release: leave the stem and so many stages, counted from the input, as they are "
+        "and in evaluation mode; backbone: all but the classifier, a linear probe",
+    )
     finetune_eval_mode: bool = option(
         False,
         "with --finetune: train without dropout and drop path and with BatchNorm's statistics as they are, "
@@ -253,6 +258,10 @@ def check_model(options: Any) -> None:
     sources = [f"--{name}" for name in ("resume", "finetune", "load_release") if getattr(options, name)]
     if "--load_release" in sources and len(sources) > 1:
         raise UsageError(f"{' and '.join(sources)} both name weights to start from; leave one out")
+    if options.freeze and options.freeze != "backbone" and not options.freeze.isdecimal():
+        raise UsageError(f"--freeze takes a number of stages or backbone, not {options.freeze!r}")
+    if options.freeze and not (options.finetune or options.load_release or options.eval):
+        raise UsageError("--freeze keeps weights of another training: add --finetune or --load_release")
     if options.finetune_eval_mode and not (options.finetune or options.load_release):
         raise UsageError("--finetune_eval_mode is for --finetune or --load_release: add one or leave it out")
 

@@ -74,6 +74,9 @@ class Task(ABC):
     classes: Sequence[str] = ()
     """Names of the classes by their numbers; empty where nothing names them. Known after `sources`."""
     num_classes: int = 0
+    held_out: Sequence[str] = ()
+    """Names of images that are evaluated on instead of trained on, where the data does not say; `sources` chooses them
+    where they are not known before."""
     repeats: int = 1
     """How often an image comes in a row in training."""
 

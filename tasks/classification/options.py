@@ -131,11 +131,14 @@ def check_distillation(options: Any) -> None:
 class DataOptions:
     """Data"""
 
-    data_path: str = option("", "folder of the data; ImageNet: with train/ and val/")
+    data_path: str = option(
+        "", "folder of the data; ImageNet: with train/ and val/, or as save_to_disk of Hugging Face's datasets wrote it"
+    )
     data_set: str = option(
         "IMNET",
-        "IMNET (any folder with train/CLASS/ and val/CLASS/), CIFAR (100), INAT, INAT19, DIGITS (1,797 scanned digits, "
-        "no download), TAR (train.tar and val.tar), or a timm dataset such as hfds/NAME or wds/NAME",
+        "IMNET (any folder with train/CLASS/ and val/CLASS/, or one of save_to_disk), CIFAR (100), INAT, INAT19, "
+        "DIGITS (1,797 scanned digits, no download), TAR (train.tar and val.tar), or a timm dataset such as hfds/NAME "
+        "or wds/NAME",
     )
     eval_set: str = option(
         "val",
@@ -144,8 +147,15 @@ class DataOptions:
         choices=("val", "real", "v2", "a", "r", "sketch"),
     )
     num_classes: int | None = option(None, "classes of the classifier; null: as many as the data has", at_least=1)
-    train_split: str = option("train", "training split of a timm dataset")
-    val_split: str = option("validation", "evaluation split of a timm dataset")
+    val_fraction: float = option(
+        0.0,
+        "where IMNET or TAR has no val/: share of each class of train/ that is kept for evaluation, chosen by name; a "
+        "run that goes on, and an evaluation of its weights, keep what it chose",
+        at_least=0,
+        below=1,
+    )
+    train_split: str = option("train", "training split of a timm dataset, or of save_to_disk")
+    val_split: str = option("validation", "evaluation split of a timm dataset, or of save_to_disk")
     inat_category: str = option(
         "name",
         "level of iNaturalist's labels",

@@ -6,10 +6,7 @@ Each has `classes`, the names of its numbers, and `name_of(index)`.
 import io
 import json
 import os
-import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib.machinery import PathFinder
-from importlib.util import module_from_spec
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -25,6 +22,8 @@ from runtime.errors import UsageError, listed
 from runtime.packed import PackedPaths
 from runtime.tar import TarFiles
 
+from .holdout import hold_out
+from .saved import SEVERAL, SavedImages, import_hugging_face, is_saved, splits_of
 from .streams import Stream
 
 
@@ -130,7 +129,8 @@ def image_folder(root: str, split: str) -> ImageFiles:
     """ROOT/SPLIT/CLASS/*. UsageError if a folder is missing, or in training empty."""
     folder = Path(root, split)
     if not folder.is_dir():
-        raise UsageError(f"{folder} is not a folder; --data_path must hold train/CLASS/ and val/CLASS/ folders")
+        remedy = " (or --val_fraction 0.2 evaluates on a fifth of train/)" if split == "val" else ""
+        raise UsageError(f"{folder} is not a folder; --data_path must hold train/CLASS/ and val/CLASS/ folders{remedy}")
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     if not classes:
         raise UsageError(f"{folder} has no class folders; put the images in {folder}/CLASS/")
@@ -196,10 +196,53 @@ def _read_json(path: Path) -> Any:
         raise UsageError(f"{path} is not JSON: {error}") from error
 
 
-def open_sources(options: Any) -> tuple[Dataset, Dataset]:
+def saved_split(root: str, split: str) -> SavedImages:
+    """A split of a folder that Hugging Face's `save_to_disk` wrote. UsageError if there is none of that name."""
+    splits = splits_of(root)
+    if split not in splits:
+        raise UsageError(
+            f"{root} has no split {split!r} but {', '.join(splits)}; choose --train_split and --val_split, "
+            "or --val_fraction 0.2 to evaluate on a fifth of the training split"
+        )
+    return SavedImages(splits[split], f"{root}, split {split}")
+
+
+def open_divided(options: Any, held_out: Collection[str]) -> tuple[Dataset, Dataset]:
+    """The training and the test images of --data_set IMNET or TAR; without test images, some of the training ones.
+
+    held_out: the names of those that the weights were not trained on, where that is known.
+    """
+    name, root, splits = options.data_set, options.data_path, ("train", "val")
+    open_split: Callable[[str, str], Dataset] = image_folder if name == "IMNET" else tar_file
+    found = Path(root, "val" if name == "IMNET" else "val.tar").exists()
+    if name == "IMNET" and is_saved(root):
+        open_split, splits = saved_split, (options.train_split, options.val_split)
+        found = Path(root, SEVERAL).is_file() and splits[1] in splits_of(root)
+    if found or not (options.val_fraction or held_out):
+        train = None if options.eval else open_split(root, splits[0])
+        test = open_split(root, splits[1])
+        return train or test, test
+    train = open_split(root, splits[0])
+    return hold_out(train, list(names_in(train, root)), options.val_fraction, held_out, f"{root}, {splits[0]}")
+
+
+def name_in(source: Dataset, data_path: str, index: int) -> str:
+    """What an image is called, wherever --data_path lies."""
+    name = source.name_of(index)
+    return name.replace(f"{Path(data_path)}{os.sep}", "", 1) if data_path else name
+
+
+def names_in(source: Dataset, data_path: str) -> Iterator[str]:
+    """The names of all images of a source."""
+    return (name_in(source, data_path, index) for index in range(len(source)))
+
+
+def open_sources(options: Any, held_out: Collection[str] = ()) -> tuple[Dataset, Dataset]:
     """The training and the test images that --data_set and --data_path name. UsageError if they cannot be read.
 
     Evaluating takes the test images alone where they say by themselves which classes there are.
+
+    held_out: the names of images that the weights were not trained on, where there are no test images.
     """
     name, root = options.data_set, options.data_path
     if name == "DIGITS":
@@ -210,10 +253,7 @@ def open_sources(options: Any) -> tuple[Dataset, Dataset]:
     if root and not Path(root).exists():
         raise UsageError(f"--data_path {root} does not exist")
     if name in ("IMNET", "TAR"):
-        open_split = image_folder if name == "IMNET" else tar_file
-        train = None if options.eval else open_split(root, "train")
-        test = open_split(root, "val")
-        return train or test, test
+        return open_divided(options, held_out)
     if name == "CIFAR":
         try:
             return Cifar100(root, train=True), Cifar100(root, train=False)
@@ -230,23 +270,11 @@ LISTED = ("IMNET", "INAT", "INAT19", "TAR")
 """Data sets whose files are listed, which takes minutes: one process does it and tells the others."""
 
 
-def _import_hugging_face() -> None:
-    """Have `import datasets` mean Hugging Face's package, not this project's file, which a run does not import."""
-    if "datasets" in sys.modules:
-        return
-    here = Path(__file__).resolve().parents[2]
-    spec = PathFinder.find_spec("datasets", [entry for entry in sys.path if Path(entry).resolve() != here])
-    if spec is None:
-        raise ImportError("No module named 'datasets'")
-    sys.modules["datasets"] = module_from_spec(spec)
-    spec.loader.exec_module(sys.modules["datasets"])
-
-
 def _timm_source(options: Any, train: bool) -> Dataset:
     split = options.train_split if train else options.val_split
     try:
         if options.data_set.startswith(("hfds/", "hfids/")):
-            _import_hugging_face()
+            import_hugging_face()
         dataset = create_dataset(
             options.data_set,
             root=options.data_path or None,

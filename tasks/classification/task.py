@@ -17,7 +17,7 @@ from models.pixels import normalize
 from models.weights import count_classes, load_to_finetune
 from runtime.agreement import decide
 from runtime.errors import UsageError
-from runtime.model import build_model, check_model_name
+from runtime.model import build_model, check_model_name, classifiers_of
 from runtime.samplers import REPEATS
 from runtime.storage import read_patiently
 from tasks.base import Batch, Evaluator, Prediction, Sample, Task
@@ -71,6 +71,7 @@ class Classification(Task):
 
     def sources(self, trained: Sequence[str] = ()) -> tuple[Dataset | None, Dataset]:
         train, test = self._open(list(trained))
+        self.held_out = getattr(test, "held_out", [])
         found = getattr(test if train is None else train, "classes", [])
         self.named, self.classes = bool(found), choose_classes(self.opts, found, list(trained))
         self.num_classes = self.opts.num_classes or len(self.classes)
@@ -96,7 +97,7 @@ class Classification(Task):
             train, test = open_sources(opts)
         else:
             place = f"--data_path {opts.data_path}"
-            train, test = decide(lambda: read_patiently(lambda: open_sources(opts), place), self.info)
+            train, test = decide(lambda: read_patiently(lambda: open_sources(opts, self.held_out), place), self.info)
         return None if opts.eval else train, test
 
     def _numbered(self, source: Dataset) -> Dataset:
@@ -238,6 +239,4 @@ class Classification(Task):
 
 def without_classifier(model: nn.Module, weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights that do not belong to the classifier, which was trained on other classes."""
-    classifier = model.default_cfg.get("classifier") or "head"
-    prefixes = tuple(f"{name}." for name in ([classifier] if isinstance(classifier, str) else classifier))
-    return {name: value for name, value in weights.items() if not name.startswith(prefixes)}
+    return {name: value for name, value in weights.items() if not name.startswith(classifiers_of(model))}

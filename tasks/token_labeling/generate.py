@@ -29,7 +29,7 @@ from runtime.options import check_ranges, option
 from runtime.samplers import Key
 from tasks.classification.distillation import logits_of_places
 from tasks.classification.options import DataOptions
-from tasks.classification.sources import Samples, open_sources
+from tasks.classification.sources import Samples, name_in, names_in, open_sources
 from tasks.classification.teacher import Candidate
 from tasks.loading import Transformed, usable_workers
 
@@ -40,8 +40,6 @@ from .maps import (
     checksum,
     hash_of,
     is_complete,
-    name_in,
-    names_in,
     read_index,
     write_atomically,
     write_shard,

@@ -19,7 +19,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
-from torch.utils.data import Dataset
 
 from runtime.errors import TemporaryFailure, UsageError
 from runtime.storage import read_patiently
@@ -69,17 +68,6 @@ def hash_of(names: Iterable[str]) -> str:
     for name in names:
         digest.update(os.fsencode(name) + b"\n")
     return digest.hexdigest()
-
-
-def name_in(source: Dataset, data_path: str, index: int) -> str:
-    """What maps call an image: its name, wherever --data_path lies."""
-    name = source.name_of(index)
-    return name.replace(f"{Path(data_path)}{os.sep}", "", 1) if data_path else name
-
-
-def names_in(source: Dataset, data_path: str) -> Iterator[str]:
-    """The names of all images of a source."""
-    return (name_in(source, data_path, index) for index in range(len(source)))
 
 
 def write_atomically(path: Path, content: bytes) -> None:

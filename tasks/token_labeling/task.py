@@ -18,10 +18,11 @@ from runtime.options import option
 from tasks.base import Batch, Sample
 from tasks.classification.losses import soft_cross_entropy
 from tasks.classification.options import AugmentationOptions, DataOptions, check_data
+from tasks.classification.sources import name_in, names_in
 from tasks.classification.task import Classification
 from tasks.classification.transforms import train_transform
 
-from .maps import PublishedMaps, ShardedMaps, name_in, names_in, open_maps
+from .maps import PublishedMaps, ShardedMaps, open_maps
 from .model import add_auxiliary, token_grids
 from .transform import MapTransform, crop_maps, dense_map
 

@@ -16,8 +16,9 @@ from models.pixels import normalize, pixels_of
 from runtime.distributed import DistInfo
 from runtime.images import open_rgb
 from tasks.classification.sources import image_folder as open_folder
+from tasks.classification.sources import name_in, names_in
 from tasks.token_labeling import generate
-from tasks.token_labeling.maps import INDEX, name_in, names_in, open_maps
+from tasks.token_labeling.maps import INDEX, open_maps
 
 KWARGS = {"embed_dims": (16, 32, 48, 64), "depths": (1, 1, 1, 1)}
 
