@@ -31,6 +31,7 @@ from runtime.errors import UsageError, exit_on_error
 from tasks.classification.transforms import pixels_for
 
 from . import onnx_format
+from .card import model_card
 from .loading import UNTRAINED, Loaded, load_from, model_parser
 
 ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -38,23 +39,6 @@ FOLDERS = ("hf", "openvino")
 """Formats that are folders."""
 TOLERANCE = 1e-4
 """Largest difference of logits that is let pass, as a fraction of the largest logit."""
-
-MODEL_CARD = """---
-library_name: timm
-pipeline_tag: image-classification
----
-# {name}
-
-Images of {size} x {size} pixels, {classes} classes{papers}. In a checkout of the project that defines the model:
-
-```python
-import timm, models
-
-model = timm.create_model("local-dir:FOLDER", pretrained=True).eval()
-```
-
-With transformers, once `models` is imported: `AutoModelForImageClassification.from_pretrained("FOLDER")`.
-"""
 
 
 def export_onnx(loaded: Loaded, path: Path) -> float:
@@ -154,11 +138,7 @@ def export_hf(loaded: Loaded, path: Path) -> float:
     config = json.loads((path / "config.json").read_text())
     del config["model_args"]["num_classes"]
     (path / "config.json").write_text(json.dumps(config, indent=2))
-    papers = loaded.model.pretrained_cfg.get("paper_ids")
-    card = MODEL_CARD.format(
-        name=loaded.options.model, size=size, classes=len(loaded.labels), papers=f"; see {papers}" if papers else ""
-    )
-    (path / "README.md").write_text(card)
+    (path / "README.md").write_text(model_card(loaded))
     images = random_images(loaded, 2)
     return difference(loaded, images, timm.create_model(f"local-dir:{path}", pretrained=True).eval()(images))
 

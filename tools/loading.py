@@ -1,16 +1,20 @@
 """A model for use, with what its checkpoint says about it."""
 
 import argparse
+import math
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import timm
+from timm.data import ImageNetInfo
 from torch import nn
 
 from models.labels import labels_of
-from models.weights import load_checkpoint, options_of
+from models.weights import load_checkpoint, options_of, saved_options
+from models.weights.errors import printable
 from runtime.command_line import KeyValues, with_underscores
 from runtime.errors import OneLineParser, UsageError
 from runtime.model import check_model_name
@@ -28,12 +32,15 @@ class Loaded:
     """A model in evaluation mode, on the CPU.
 
     options: what its images need to look like. labels: its classes. trained: whether a checkpoint gave its weights.
+    figures: the best accuracies in percent that its training measured. data: what it was trained on; "" if unknown.
     """
 
     model: nn.Module
     options: Options
     labels: list[str]
     trained: bool
+    figures: dict[str, float] = field(default_factory=dict)
+    data: str = ""
 
     def task_on(self, device: Any) -> Task:
         """Move the model to a device; return what says what it sees there."""
@@ -77,7 +84,24 @@ def load_model(
         model = task.build_model()
     options.input_size = options.input_size if input_size is None else input_size
     check_ranges(options, prefix="--")
-    return Loaded(model.eval(), options, list(task.classes), trained=bool(checkpoint))
+    labels = list(task.classes)
+    return Loaded(model.eval(), options, labels, bool(checkpoint), figures_of(content), data_of(content, labels))
+
+
+def figures_of(checkpoint: Mapping[str, Any]) -> dict[str, float]:
+    """The best top-1 and top-5 accuracies that a checkpoint's training measured, as acc1 and acc5; {} without any."""
+    best = checkpoint.get("best")
+    found = {name: best.get(name) for name in ("acc1", "acc5")} if isinstance(best, Mapping) else {}
+    return {name: value for name, value in found.items() if isinstance(value, float) and math.isfinite(value)}
+
+
+def data_of(checkpoint: Mapping[str, Any], labels: Sequence[str]) -> str:
+    """What the data of a checkpoint's training are called; "" if nothing says."""
+    if checkpoint and list(labels) == ImageNetInfo().label_names():
+        return "imagenet-1k"
+    saved = saved_options(checkpoint)
+    name, folder = (printable(str(saved.get(option) or "")) for option in ("data_set", "data_path"))
+    return Path(folder).name or ("" if name == "IMNET" else name)
 
 
 def _native_size(name: str) -> int:
