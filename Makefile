@@ -8,10 +8,11 @@ CLIENTS := .venv-clients
 MARKS ?= not slow
 RUN := $(VENV)/bin/python
 
+SITE := build/site
 DENSE := outputs/quickstart-dense
 SHAPES := data/shapes
 
-.PHONY: quickstart quickstart-dense test test-clients demo lint docs clean
+.PHONY: quickstart quickstart-dense test test-clients demo lint docs site clean
 
 quickstart: $(VENV)/installed
 	$(RUN) main.py --output_dir outputs/quickstart
@@ -49,6 +50,9 @@ docs: $(VENV)/installed  # what is generated from code
 	$(RUN) -m tasks.options > docs/OPTIONS.md
 	$(RUN) -m benchmarks.model_table --write README.md
 
+site: $(VENV)/installed-docs  # the documents as pages, build/site/index.html
+	$(RUN) -m sphinx --quiet --fail-on-warning --keep-going -b html -c docs/site . $(SITE)
+
 clean:
 	rm -rf $(VENV) $(CLIENTS)
 
@@ -66,6 +70,10 @@ $(VENV)/installed-dense: requirements-dense.txt $(VENV)/installed
 	$(RUN) -m pip install --quiet -r requirements-dense.txt
 	touch $@
 
-$(VENV)/installed-dev: requirements-dev.txt requirements-clients.txt $(VENV)/installed-demo
+$(VENV)/installed-docs: requirements-docs.txt $(VENV)/installed
+	$(RUN) -m pip install --quiet -r requirements-docs.txt
+	touch $@
+
+$(VENV)/installed-dev: requirements-dev.txt requirements-clients.txt requirements-docs.txt $(VENV)/installed-demo
 	$(RUN) -m pip install --quiet -r requirements-dev.txt
 	touch $@
