@@ -176,6 +176,12 @@ class RunLog:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in self.epochs))
         os.replace(temporary, path)
 
+    def _best(self) -> tuple[int, float] | None:
+        """The epoch, from 1, of the best of the first figure, plain or averaged, and its value; None without any."""
+        names = [f"{prefix}_{figure}" for figure in list(self.figures)[:1] for prefix in ("test", "test_ema")]
+        found = [(record[name], -record["epoch"]) for record in self.epochs for name in names if name in record]
+        return (1 - max(found)[1], max(found)[0]) if found else None
+
     def draw_curves(self) -> None:
         """Draw curves.png: loss, figures and learning rate over the epochs."""
         if self.folder is None or not self.epochs:
@@ -184,7 +190,7 @@ class RunLog:
 
         figure = Figure(figsize=(12, 3.5), layout="constrained")
         losses, quality, rates = figure.subplots(1, 3)
-        x = [record["epoch"] for record in self.epochs]
+        x = [record["epoch"] + 1 for record in self.epochs]
         curves = (
             (losses, "train_loss", "training"),
             (losses, "test_loss", "test"),
@@ -199,8 +205,14 @@ class RunLog:
                 axes.plot(x, [record.get(name) for record in self.epochs], label=label, marker=marker)
         for axes, title in ((losses, "loss"), (quality, f"{self.title} (%)"), (rates, "learning rate")):
             axes.set(title=title, xlabel="epoch")
+            axes.xaxis.get_major_locator().set_params(integer=True)
             axes.grid(alpha=0.3)
-            axes.legend()
+        if best := self._best():
+            quality.plot(*best, "*", color="black", markersize=10, label=f"best: {best[1]:.2f} in epoch {best[0]}")
+        for axes in (losses, quality, rates):
+            if axes.lines:
+                axes.legend()
+        figure.suptitle(self.folder.name)
         figure.savefig(self.folder / "curves.png", dpi=120)
         self._drawn_at = time.monotonic()
 

@@ -4,6 +4,7 @@ Serves on this machine only, unless told otherwise. Needs gradio (requirements-d
 """
 
 import argparse
+import contextlib
 import errno
 import importlib.util
 import ipaddress
@@ -17,10 +18,11 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
+from models.weights import WeightsError
 from runtime.errors import OneLineParser, UsageError, exit_on_error
 
 from .storage import Storage
-from .subject import DEFAULT_MODEL, load_classifier
+from .subject import DEFAULT_MODEL, Subject, load_classifier
 
 
 def parser() -> OneLineParser:
@@ -29,7 +31,8 @@ def parser() -> OneLineParser:
     result = OneLineParser(prog="python -m visualize.app", allow_abbrev=False, description=about)
     add = result.add_argument
     add("--model", help=f"to start with (default: the checkpoint's, or else {DEFAULT_MODEL})")
-    add("--checkpoint", default="", metavar="FILE", help="to start with (default: none)")
+    newest = "to start with (default: the newest trained classifier of --checkpoints, unless --model is given)"
+    add("--checkpoint", default="", metavar="FILE", help=newest)
     runs = "offer the best.pth of all runs in it (default: outputs)"
     add("--checkpoints", default="outputs", metavar="FOLDER", help=runs)
     add("--host", default="127.0.0.1", help="address to serve on (default: this machine only)")
@@ -55,6 +58,25 @@ def find_checkpoints(folder: str) -> list[str]:
     """The best weights of the runs under a folder, newest first."""
     found = [path for path in Path(folder).rglob("best.pth") if path.is_file()]
     return [str(path) for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)]
+
+
+def first_subject(options: argparse.Namespace) -> tuple[Subject, str, list[str]]:
+    """Return what the page starts with, its checkpoint ("" for random weights), and the checkpoints on offer.
+
+    Where neither a model nor a checkpoint is asked for, it is the newest trained classifier.
+
+    Raises:
+        UsageError, WeightsError: what was asked for cannot be shown.
+    """
+    found = find_checkpoints(options.checkpoints)
+    if options.checkpoint or options.model:
+        named = options.checkpoint
+        subject = load_classifier(options.model, named or None)  # a mistake is a line here, not a page
+        return subject, named, [named] * bool(named) + [path for path in found if path != named]
+    for path in found:
+        with contextlib.suppress(UsageError, WeightsError):
+            return load_classifier(None, path), path, found
+    return load_classifier(), "", found
 
 
 def check_address(host: str, port: int | None) -> None:
@@ -89,10 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         notice = f"Whoever reaches {options.host} can use the page; --auth USER:PASSWORD asks for a name and a password"
         print(notice, file=sys.stderr, flush=True)
     check_address(options.host, options.port)
-    start = load_classifier(options.model, options.checkpoint or None)  # a mistake is a line here, not a page
-    offered = [path for path in find_checkpoints(options.checkpoints) if path != options.checkpoint]
-    if options.checkpoint:
-        offered.insert(0, options.checkpoint)
+    start, first, offered = first_subject(options)
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
         signal.signal(number, _end)
     with Storage() as storage:
@@ -100,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         os.environ.update(GRADIO_TEMP_DIR=str(storage.folder), GRADIO_ANALYTICS_ENABLED="False")
         from .page import Page, serve
 
-        page = Page(storage, start.name, offered, options.checkpoint)
+        page = Page(storage, start.name, offered, first)
         try:
             print(f"The page is at {serve(page, options.host, options.port, options.auth)} until Ctrl-C", flush=True)
             threading.Event().wait()

@@ -1,5 +1,7 @@
 """The demo page's handlers, called as the page calls them."""
 
+import os
+import shutil
 import socket
 import time
 from dataclasses import replace
@@ -20,7 +22,7 @@ from visualize.capture import capture, time_limit
 from visualize.report import UNTRAINED
 
 gr = pytest.importorskip("gradio", reason="gradio is an extra")
-from visualize.app import check_address, find_checkpoints, main  # noqa: E402
+from visualize.app import check_address, find_checkpoints, first_subject, main, parser  # noqa: E402
 from visualize.page import MEAN, NO_CHECKPOINT, Desk, Page  # noqa: E402
 from visualize.storage import Storage  # noqa: E402
 
@@ -256,6 +258,24 @@ def test_checkpoints_on_offer_are_those_of_runs(tmp_path):
         (tmp_path / name / "checkpoint.pth").touch()
     assert sorted(find_checkpoints(str(tmp_path))) == [str(tmp_path / name / "best.pth") for name in ("a", "b")]
     assert find_checkpoints(str(tmp_path / "none")) == []
+
+
+def test_the_page_starts_with_the_newest_trained_classifier(trained, tmp_path):
+    for age, name in enumerate(("damaged", "trained", "older")):
+        (tmp_path / name).mkdir()
+        best = tmp_path / name / "best.pth"
+        shutil.copy(trained, best) if name != "damaged" else best.write_bytes(b"no checkpoint")
+        os.utime(best, (1e9 - age, 1e9 - age))
+    arguments = parser().parse_args(["--checkpoints", str(tmp_path)])
+    subject, first, offered = first_subject(arguments)
+    assert (subject.trained, first) == (True, str(tmp_path / "trained" / "best.pth"))
+    assert len(offered) == 3
+    arguments.model = "debiformer_nano"
+    subject, first, offered = first_subject(arguments)
+    assert (subject.trained, first, len(offered)) == (False, "", 3)
+    arguments.checkpoint = str(tmp_path / "older" / "best.pth")
+    subject, first, offered = first_subject(arguments)
+    assert (subject.trained, first, offered[0], len(offered)) == (True, arguments.checkpoint, arguments.checkpoint, 3)
 
 
 def test_without_gradio_there_is_one_line():
