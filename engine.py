@@ -69,12 +69,6 @@ class TrainStep:
     before_update: Callable[[], None] = lambda: None
     frozen: Sequence[nn.Module] = ()
 
-    def begin_training(self) -> None:
-        """Put the model into the mode that it is trained in."""
-        self.model.train(self.train_mode)
-        for part in self.frozen:
-            part.eval()
-
     def step(self, batches: Sequence[Batch], epoch: int, update: int, meter: LossMeter) -> dict[str, Tensor]:
         """Update the weights with `accum_steps` batches. Returns the means of their losses here, on the device."""
         scaler, losses = self.precision.scaler, []
@@ -109,15 +103,13 @@ class TrainStep:
         return self.model.no_sync() if local and distributed else nullcontext()
 
     def distribute(self, batch: Batch) -> None:
-        """Wrap the model so that all processes train it together, if there are several.
+        """Wrap the model so that all processes, of which there are several, train it together.
 
         In its first backward pass DistributedDataParallel learns in which order gradients arrive, and then packs them
         otherwise; sums over the processes round according to the packing. One pass ahead of the training, over `batch`
         and without effect on the weights, has all updates packed alike, so that a resumed run rounds like an
         undisturbed one.
         """
-        if not self.info.distributed:
-            return
         model, device = self.model, self.precision.device
         self.model = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -159,7 +151,8 @@ def train_one_epoch(
     batches: starting with those of update `start`.
     after_update(update, losses): called after each update; training stops there if it returns true.
     """
-    step.begin_training()
+    step.model.train(step.train_mode)
+    nn.ModuleList(step.frozen).eval()
     batches = iter(batches)
     for update in range(start, updates):
         group = list(islice(batches, step.accum_steps))

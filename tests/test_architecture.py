@@ -25,6 +25,7 @@ MAY_IMPORT = {
     "hydra_main": BELOW_MAIN | {"main"},
     "hubconf": {"models"},
     "slurm": set(),
+    "docs": set(),
     "visualize": BELOW_MAIN,
     "tools": BELOW_MAIN | {"main", "visualize"},
     "benchmarks": BELOW_MAIN | {"main", "tools", "visualize"},

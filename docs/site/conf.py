@@ -25,19 +25,23 @@ CONTENTS = {
         "Fine-tune": "docs/tutorials/fine-tune",
         "Segment and detect": "docs/DENSE",
         "Your own attention": "docs/EXTENDING",
+        "Distillation": "docs/DISTILLATION",
         "Token labelling": "docs/TOKEN_LABELING",
         "Cluster": "docs/tutorials/cluster",
     },
     "Reference": ["docs/OPTIONS", "docs/ARCHITECTURE", "docs/FIDELITY", "CONTRIBUTING"],
     "Measured": [f"benchmarks/results/{name}" for name in ["README", *MEASURED]],
 }
-"""What the sidebar lists, by its captions."""
+"""What the sidebar lists, by its captions; documents that are not here come under the reference."""
 
 
 def contents() -> str:
     """Return the sidebar as MyST's toctrees."""
-    trees = []
-    for caption, pages in CONTENTS.items():
+    trees, listed = [], str(CONTENTS)
+    others = [
+        page for page in sorted(f"docs/{path.stem}" for path in (ROOT / "docs").glob("*.md")) if page not in listed
+    ]
+    for caption, pages in {**CONTENTS, "Reference": CONTENTS["Reference"] + others}.items():
         lines = [f"{title} <{page}>" for title, page in pages.items()] if isinstance(pages, dict) else pages
         trees.append("\n".join(["```{toctree}", ":hidden:", f":caption: {caption}", "", *lines, "```"]))
     return "\n\n" + "\n\n".join(trees) + "\n"
