@@ -2,7 +2,7 @@
 
     python -m benchmarks.loader --data_path ./data/in1k          your own images, in train/CLASS/ and val/CLASS/
     python -m benchmarks.loader --write                          500 x 375 cuts of scikit-learn's two photographs
-    python -m benchmarks.loader -- --aa none                     with options of a run
+    python -m benchmarks.loader -- --aa none --eval_resize torch with options of a run
 
 Both loaders work in this process, in turns, on the same files, up to batches of uint8; what counts is the time on a
 processor. Images are read once before, so that the disk does not matter.

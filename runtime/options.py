@@ -157,7 +157,9 @@ class RunOptions:
     release_mirror: str = option("", "mirror with URL/MODEL.pth to download from; empty: $DEBIFORMER_MIRROR")
     release_hub: str = option("", "Hugging Face repository to download from; empty: $DEBIFORMER_HUB")
     max_image_pixels: int = option(100_000_000, "larger images end the run before they are decoded", at_least=1)
-    num_workers: int = option(10, "data loading processes per training process, at most one per usable CPU", at_least=0)
+    num_workers: int = option(
+        10, "data loading processes per training process, at most its share of the usable CPUs", at_least=0
+    )
     pin_mem: bool = option(True, "pin host memory for faster transfers to the GPU")
     amp: str = option(
         "auto", "mixed precision; auto: fp16 on CUDA, none elsewhere", choices=("auto", "none", "fp16", "bf16")

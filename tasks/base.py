@@ -110,9 +110,10 @@ class Task(ABC):
         """
 
     def collate(self, samples: list[Sample]) -> Batch:
-        """Put samples together: each key is stacked, and "image" becomes "images"."""
-        batch = default_collate(samples)
-        return {"images": batch.pop("image"), **batch}
+        """Put samples together: each key is stacked, and "image" becomes "images", in channels-last memory."""
+        rows = [{**sample, "image": sample["image"].permute(1, 2, 0)} for sample in samples]  # as Pillow has them
+        batch = default_collate(rows)
+        return {"images": batch.pop("image").permute(0, 3, 1, 2), **batch}
 
     @property
     def eval_batch_size(self) -> int:

@@ -21,7 +21,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset
 from runtime.agreement import gather
 from runtime.distributed import DistInfo
 from runtime.errors import TemporaryFailure, UsageError
-from runtime.images import MAX_PIXELS, ImageRefused, open_rgb
+from runtime.images import MAX_PIXELS, ImageRefused, open_rgb, read_pixels
 from runtime.options import RunOptions
 from runtime.preemption import PreemptionHandler
 from runtime.samplers import EvalSampler, Key, TrainSampler
@@ -52,16 +52,17 @@ class Transformed(Dataset):
 
     def read(self, index: int) -> Sample:
         """Return a sample with its image opened. Raises UsageError, naming the file, if that cannot be done."""
-        return opened(lambda: self.source[index], self.source.name_of(index), self.max_pixels)
+        open_image = read_pixels if getattr(self.transform, "takes_pixels", False) else open_rgb
+        return opened(lambda: self.source[index], self.source.name_of(index), self.max_pixels, open_image)
 
 
-def opened(get: Callable[[], Sample], name: str, max_pixels: int) -> Sample:
+def opened(get: Callable[[], Sample], name: str, max_pixels: int, open_image: Callable = open_rgb) -> Sample:
     """Return the sample of `get` with its image opened. Raises UsageError, with this name, if that cannot be done."""
 
     def read() -> Sample:
         sample = get()
         image = sample["image"]
-        return {**sample, "image": image if isinstance(image, Image.Image) else open_rgb(image, max_pixels)}
+        return {**sample, "image": image if isinstance(image, Image.Image) else open_image(image, max_pixels)}
 
     try:
         return read_patiently(read, f"image {name}")
@@ -168,9 +169,12 @@ def _loader(task: Task, options: RunOptions, dataset: Dataset, workers: int, **s
 
 
 def usable_workers(asked: int) -> int:
-    """Return how many of the processes asked for are worth it: one per core that this process may use, at most."""
+    """Return how many of the processes asked for are worth it: at most one per core, of this process's share of them.
+
+    torchrun's processes on a machine share its cores; Slurm gives each task its own.
+    """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # not on a Mac
-    return min(asked, cores)
+    return min(asked, max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1))))
 
 
 def _load_images(source: Dataset, task: Task, options: RunOptions, total_batch: int) -> tuple[DataLoader, int]:

@@ -40,6 +40,11 @@ class AugmentationOptions:
         "evaluation: resizing; null: as the model wants, ours bicubic",
         choices=("bilinear", "bicubic", "nearest", "lanczos"),
     )
+    eval_resize: str = option(
+        "pillow",
+        "evaluation: what resizes; torch takes a fourth of the time, and differs by a rounding of some pixels",
+        choices=("pillow", "torch"),
+    )
     mean: list[float] | None = option(
         None,
         "mean of the pixels: red, green, blue; null: as the model wants, ours ImageNet's",

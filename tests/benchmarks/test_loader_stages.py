@@ -10,7 +10,7 @@ from runtime.errors import UsageError
 
 def test_loader_measures_both_loaders_and_every_stage(tmp_path, capsys):
     argv = ["--images", "4", "--repeats", "1", "--write", "--results", str(tmp_path)]
-    loader.main([*argv, "--", "--input_size", "64", "--batch_size", "2"])
+    loader.main([*argv, "--", "--eval_resize", "torch", "--input_size", "64", "--batch_size", "2"])
     rows = json.loads((tmp_path / "loader-cpu.json").read_text())["rows"]
     assert {"ours", "timm", "decode", "RandomCrop", "RandAugment", "the rest"} <= rows["training"][0].keys()
     assert {"ours", "timm", "decode", "Resize", "CenterCrop", "the rest"} <= rows["evaluation"][0].keys()
