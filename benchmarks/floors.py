@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from models.ops import launch_triton, operators
+from models.ops import launch_triton
 from models.ops.launch_triton import Block, Launch
 from runtime.errors import exit_on_error
 
 from . import launch_path_triton
 from .markdown import table
 from .measure import DTYPES, RESULTS, describe_machine, write_result
-from .trace import Call, is_spec, trace
+from .trace import Call, run_body, trace
 
 TASKS = ("inference", "training")
 
@@ -58,15 +58,10 @@ GPUS = {
 
 def recorded_launches(call: Call) -> list[Launch]:
     """The Triton launches of one of our operators."""
-    from torch.utils._pytree import tree_flatten
-
-    leaves, structure = tree_flatten(call.arguments, is_leaf=is_spec)
-    leaves = [torch.empty_strided(*x[:2], dtype=x[2], device="meta") if is_spec(x) else x for x in leaves]
-    arguments = torch.utils._pytree.tree_unflatten(leaves, structure)
     found: list[Launch] = []
     launch_triton.observers.append(found.append)
     try:
-        operators.body(call.name.partition("::")[2].partition(".")[0])(*arguments)
+        run_body(call)
     finally:
         launch_triton.observers.remove(found.append)
     return found

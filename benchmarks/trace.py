@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 import models  # noqa: F401
-from models.ops import backend, maps
+from models.ops import backend, maps, operators
 from models.ops.operators import NAMESPACE
 
 Spec = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
@@ -76,14 +76,22 @@ class _Recorder(TorchDispatchMode):
         plain = name.rpartition("::")[2].partition(".")[0]
         inputs, outputs = ([x for x in tree_leaves(t) if isinstance(x, Tensor)] for t in ((args, kwargs), out))
         storages = {x.untyped_storage()._cdata for x in inputs}
-        is_view = outputs and all(x.untyped_storage()._cdata in storages for x in outputs)
-        if plain in WITHOUT_A_KERNEL or not outputs or (is_view and not function._schema.is_mutable):
+        is_view = all(x.untyped_storage()._cdata in storages for x in outputs)
+        if plain in WITHOUT_A_KERNEL or (is_view and not function._schema.is_mutable):
             return out
-        bias = plain == "convolution" and len(inputs) == 3  # added by a kernel of its own
+        kernels = KERNELS.get(plain, 1)
+        if plain == "convolution" and len(inputs) == 3:  # the bias is added by a kernel of its own
+            kernels += 1
+        if plain.startswith("_foreach"):
+            kernels = _launches_of_lists(args[0])
         specs = tree_map_only(Tensor, spec_of, args)
-        call = Call(name, specs, list(map(spec_of, inputs)), list(map(spec_of, outputs)), KERNELS.get(plain, 1) + bias)
-        self.calls.append(call)
+        self.calls.append(Call(name, specs, list(map(spec_of, inputs)), list(map(spec_of, outputs)), kernels))
         return out
+
+
+def _launches_of_lists(tensors: Sequence[Tensor]) -> int:
+    """Kernels of an operator on two lists: one takes 64 tensors, and 320 parts of 65,536 numbers, at most."""
+    return max(-(-len(tensors) // 64), -(-sum(-(-x.numel() // 65536) for x in tensors) // 320))
 
 
 @contextlib.contextmanager
@@ -100,6 +108,7 @@ def _as_on_a_gpu(device: str) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(backend, "triton_obstacle", return_value=None))
         stack.enter_context(mock.patch.object(maps, "_ONEDNN", False))
+        stack.enter_context(mock.patch.object(maps, "_writes_float32", return_value=True))
         stack.enter_context(backend.use_backend("triton"))
         if device == "cpu":
             stack.enter_context(mock.patch.object(F, "layer_norm", in_float32))
@@ -107,7 +116,10 @@ def _as_on_a_gpu(device: str) -> Iterator[None]:
 
 
 def trace(name: str, task: str, batch_size: int, size: int = 224, dtype: torch.dtype = torch.bfloat16) -> list[Call]:
-    """The operators of one eager step: inference with weights in `dtype`, or training under autocast."""
+    """The operators of one eager step: inference with weights in `dtype`, or training under autocast.
+
+    First those that the model asks for, then those that the bodies of ours ask for.
+    """
     device = "cuda" if task == "inference" else "cpu"
     with torch.device("meta"):
         model = timm.create_model(name)
@@ -126,7 +138,17 @@ def trace(name: str, task: str, batch_size: int, size: int = 224, dtype: torch.d
                 with torch.autocast(device, dtype):
                     loss = F.cross_entropy(model(images), targets)
                 loss.backward()
+    with recorder:
+        for call in [call for call in recorder.calls if call.ours]:
+            run_body(call)
     return recorder.calls
+
+
+def run_body(call: Call) -> None:
+    """Run the body of one of our operators on meta tensors: it asks for what it would ask for, and computes nothing."""
+    leaves, structure = tree_flatten(call.arguments, is_leaf=is_spec)
+    leaves = [torch.empty_strided(*x[:2], dtype=x[2], device="meta") if is_spec(x) else x for x in leaves]
+    operators.body(call.name.partition("::")[2].partition(".")[0])(*tree_unflatten(leaves, structure))
 
 
 def _on(device: str, model: nn.Module) -> nn.Module:

@@ -15,7 +15,8 @@ from timm.models import build_model_with_cfg, checkpoint_seq, resolve_pretrained
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .layers import Downsampling
+from .layers import Downsampling, pointwise_weights
+from .ops import copied_for_autocast
 from .weights import checkpoint_filter_fn, load_checkpoint, load_to_finetune, weights_of
 from .weights.releases import RELEASES, find_release
 
@@ -212,7 +213,8 @@ class Backbone(nn.Module):
     def forward_stage(self, stage: int, x: Tensor) -> Tensor:
         """One stage, 0..3: (B, C, H, W) -> (B, C', H', W')."""
         checkpointed = self.training and self.grad_checkpointing[stage]
-        return run_stage(self.downsample_layers[stage], self.stages[stage], x, checkpointed)
+        with copied_for_autocast(pointwise_weights(self.stages[stage])):
+            return run_stage(self.downsample_layers[stage], self.stages[stage], x, checkpointed)
 
     def check_input(self, x: Tensor) -> Tensor:
         return x if self.auto_pad else check_image_size(x, self.n_win, self.grid_strides, self.round_up)

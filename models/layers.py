@@ -38,7 +38,7 @@ class PointwiseConv(nn.Conv2d):
         super().__init__(in_features, out_features, kernel_size=1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.pointwise(x, self.weight.flatten(1), self.bias)
+        return ops.pointwise(x, self.weight, self.bias)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PointwiseConv":
         super()._apply(fn, recurse)
@@ -46,6 +46,12 @@ class PointwiseConv(nn.Conv2d):
         # not have; optimizers and DistributedDataParallel are fast only where the two agree.
         self.weight.data = self.weight.data.flatten(1)[..., None, None]
         return self
+
+
+def pointwise_weights(module: nn.Module) -> list[Tensor]:
+    """Weights and biases of all linear layers of maps in a module."""
+    layers = (layer for layer in module.modules() if isinstance(layer, MapLinear | PointwiseConv))
+    return [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
 
 
 class DepthwiseConv(nn.Conv2d):

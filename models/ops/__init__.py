@@ -7,13 +7,14 @@ symbolically although the functions look at shapes.
 import torch.fx
 
 from .deformable import agent_positions, deformable_attention, relative_position_bias, sample_agents
-from .maps import add_norm, depthwise, pointwise
+from .maps import add_norm, copied_for_autocast, depthwise, pointwise
 from .routed import route_windows, routed_attention
 from .windows import from_windows, pad_to_multiple, pool_windows, split_side, to_windows, window_means
 
 __all__ = [
     "add_norm",
     "agent_positions",
+    "copied_for_autocast",
     "deformable_attention",
     "depthwise",
     "from_windows",

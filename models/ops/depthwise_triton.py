@@ -6,7 +6,7 @@ Letters: B batch, H x W map, C channels, K x K kernel. Maps (B, H, W, C); weight
 
 _forward           One program: BLOCK_M pixels along a row, BLOCK_N channels.
 _backward_weights  One program: BLOCK_N channels, every so many rows of the map. Gradients of weights and bias,
-                   (programs, K*K + 1, C) in float32, are added up afterwards; with GELU also the gradient before it,
+                   (programs, C*K*K + C) in float32, are added up afterwards; with GELU also the gradient before it,
                    for which the convolution is computed again.
 The gradient of x is `_forward` of the gradient, with the kernel turned round.
 """
@@ -123,7 +123,10 @@ def _backward_weights(
                 total = tl.sum(values * grad, 0)
                 dweight += tl.where((tap == ky * KERNEL + kx)[:, None], total[None, :], 0.0)
         dweight += tl.where((tap == KERNEL * KERNEL)[:, None], tl.sum(grad, 0)[None, :], 0.0)
-    at = (share * (KERNEL * KERNEL + 1) + tap)[:, None] * channels + channel[None, :]
+    # A channel's taps are adjacent, as in the weight; the biases follow.
+    is_bias = (tap == KERNEL * KERNEL)[:, None]
+    at = tl.where(is_bias, KERNEL * KERNEL * channels + channel, KERNEL * KERNEL * channel + tap[:, None])
+    at += share * (KERNEL * KERNEL + 1) * channels
     tl.store(partial_ptr + at, dweight, mask=(tap <= KERNEL * KERNEL)[:, None] & is_channel[None, :])
 
 
@@ -167,24 +170,20 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None, ge
     return out
 
 
-def backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, itself: bool, gelu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias. itself: x is the residual too."""
+def backward(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, itself: bool, gelu: bool) -> tuple[Tensor, Tensor]:
+    """Gradients of x, and of weight and bias, one behind the other. itself: x is the residual too."""
     x, grad, kernel = as_tokens(x), grad.contiguous(), weight.shape[-1]
     weight = weight.contiguous()
     batch, height, width, channels = x.shape
     before = torch.empty_like(grad) if gelu else grad
     shares = min(batch * height, max(1, PROGRAMS // cdiv(channels, 64)))
     rows_each = cdiv(batch * height, shares)
-    partial = x.new_empty((shares, kernel * kernel + 1, channels), dtype=torch.float32)
+    partial = x.new_empty((shares, (kernel * kernel + 1) * channels), dtype=torch.float32)
     _run_backward_weights(
         lambda block: shares * cdiv(channels, block.n), (padded(width), padded(channels)),
         grad_ptr=grad, map_ptr=x, weight_ptr=weight, bias_ptr=bias, before_ptr=before,
         partial_ptr=partial, all_rows=batch * height, rows_each=rows_each, **_sizes(x, kernel),
         RESIDUAL=ITSELF if itself else NOTHING, BIAS=bias.numel() > 0, GELU=gelu,
     )  # fmt: skip
-    sums = partial.sum(0)
     dx = forward(before, weight, bias.new_empty(0), before if itself else None, gelu=False, flip=True)
-    dweight = sums[:-1].t().to(weight.dtype, memory_format=torch.contiguous_format, copy=True).view(weight.shape)
-    return dx, dweight, sums[-1].to(bias.dtype, copy=True) if bias.numel() else bias.new_empty(0)
+    return dx, partial[:, : weight.numel() + bias.numel()].sum(0).to(weight.dtype)

@@ -3,6 +3,10 @@
 Letters: B batch, H x W map, C channels.
 """
 
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,16 +18,90 @@ _ONEDNN = torch.backends.mkldnn.is_available()
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """A linear layer on the last axis: (..., C_in) -> (..., C_out). weight: (C_out, C_in).
+    """A linear layer on the last axis: (..., C_in) -> (..., C_out). weight: (C_out, C_in) or (C_out, C_in, 1, 1).
 
     In float32 on a CPU a map (B, H, W, C_in) goes through a 1x1 convolution: oneDNN's reaches twice the speed of a
     matrix product on processors that MKL was not made for, and the same on the others.
     """
     if choose_backend(None, x) == "export":  # no layout but this one, where there are no strides
-        return F.linear(x, weight, bias)
-    if _ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32 and x.ndim == 4:
-        return F.conv2d(x.permute(0, 3, 1, 2), weight[..., None, None], bias).permute(0, 2, 3, 1)
-    return F.linear(x, weight, bias)
+        return F.linear(x, weight.flatten(1), bias)
+    device = x.device.type
+    if _ONEDNN and device == "cpu" and x.dtype == torch.float32 and x.ndim == 4:
+        kernel = weight if weight.ndim == 4 else weight[..., None, None]
+        return F.conv2d(x.permute(0, 3, 1, 2), kernel, bias).permute(0, 2, 3, 1)
+    if not _is_in_half_precision(x):
+        return F.linear(x, weight.flatten(1), bias)
+    dtype = torch.get_autocast_dtype(device)
+    with torch.no_grad():
+        copies = [_copies.get(id(w), w) for w in (weight, bias)]
+        copies = [None if w is None else w.to(dtype) for w in copies]
+    return _Pointwise.apply(x.to(dtype), weight, bias, *copies)
+
+
+_copies: dict[int, Tensor] = {}
+
+
+@contextlib.contextmanager
+def copied_for_autocast(weights: Iterable[Tensor]) -> Iterator[None]:
+    """Within the block, `pointwise` under autocast finds half-precision copies of these, made in one pass."""
+    weights = list(weights)
+    if not weights or not _is_in_half_precision(weights[0]):
+        yield
+        return
+    # Each begins at 16 bytes, as matrix products want it.
+    sizes = [-(-w.numel() // 8) * 8 for w in weights]
+    memory = weights[0].new_empty(sum(sizes), dtype=torch.get_autocast_dtype(weights[0].device.type))
+    copies = [part[: w.numel()].view(w.shape) for part, w in zip(memory.split(sizes), weights, strict=True)]
+    with torch.no_grad():
+        torch._foreach_copy_(copies, weights)
+    _copies.update(zip(map(id, weights), copies, strict=True))
+    try:
+        yield
+    finally:
+        for weight in weights:
+            _copies.pop(id(weight), None)
+
+
+def _is_in_half_precision(x: Tensor) -> bool:
+    """Whether `pointwise` makes half precision of its inputs by itself; compiled, PyTorch's autocast is as good."""
+    by_autocast = torch.is_autocast_enabled(x.device.type) and not torch.compiler.is_compiling()
+    return by_autocast and choose_backend(None, x) == "triton"
+
+
+class _Pointwise(torch.autograd.Function):
+    """A linear layer in half precision whose parameters get their gradients in float32, without another pass."""
+
+    @staticmethod
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, low_weight: Tensor, low_bias: Tensor | None) -> Tensor:
+        return F.linear(x, low_weight.flatten(1), low_bias)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, _, bias, low_weight, _ = inputs
+        ctx.has_bias = bias is not None
+        ctx.save_for_backward(x, low_weight)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, low_weight = ctx.saved_tensors
+        rows, needed = grad.flatten(0, -2), ctx.needs_input_grad
+        return (
+            (rows @ low_weight.flatten(1)).view(x.shape) if needed[0] else None,
+            _product_in_float32(rows.t(), x.flatten(0, -2)).view(low_weight.shape) if needed[1] else None,
+            rows.sum(0, dtype=torch.float32) if ctx.has_bias and needed[2] else None,
+            None,
+            None,
+        )
+
+
+def _product_in_float32(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b of half precision, unrounded where PyTorch can write it so: on NVIDIA's GPUs."""
+    return torch.mm(a, b, out_dtype=torch.float32) if _writes_float32(a) else (a @ b).float()
+
+
+def _writes_float32(x: Tensor) -> bool:
+    return x.device.type == "cuda" and torch.version.hip is None
 
 
 def depthwise(
@@ -92,14 +170,16 @@ def _convolve_forward(x: Tensor, weight: Tensor, bias: Tensor, itself: bool, gel
 
 def _convolve_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, itself: bool, gelu: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     from . import depthwise_triton
 
     return depthwise_triton.backward(grad, x, weight, bias, itself, gelu)
 
 
 _convolve = differentiable(
-    *("depthwise", _convolve_forward, _convolve_backward, lambda x, *_: x.new_empty(x.shape)), gradients=range(3)
+    *("depthwise", _convolve_forward, _convolve_backward, lambda x, *_: x.new_empty(x.shape)),
+    gradients=range(3),
+    packed=2,
 )
 
 
@@ -111,7 +191,7 @@ def _convolve_and_add_forward(x: Tensor, weight: Tensor, bias: Tensor, residual:
 
 def _convolve_and_add_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, out: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     from . import depthwise_triton
 
     return depthwise_triton.backward(grad, x, weight, bias, itself=False, gelu=False)
@@ -120,6 +200,7 @@ def _convolve_and_add_backward(
 _convolve_and_add = differentiable(
     *("depthwise_add", _convolve_and_add_forward, _convolve_and_add_backward, lambda x, *_: x.new_empty(x.shape)),
     gradients=(0, 1, 2, -1),
+    packed=2,
 )
 
 
@@ -131,13 +212,17 @@ def _norm_forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor
 
 def _norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     from . import norm_triton
 
     return norm_triton.backward(None, grad, x, weight, eps)
 
 
-_norm = differentiable(*("norm", _norm_forward, _norm_backward, lambda x, *_: x.new_empty(x.shape)), gradients=range(3))
+_norm = differentiable(
+    *("norm", _norm_forward, _norm_backward, lambda x, *_: x.new_empty(x.shape)),
+    gradients=range(3),
+    packed=2,
+)
 
 
 def _add_norm_forward(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -147,7 +232,7 @@ def _add_norm_forward(x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, e
 
 
 def _add_norm_backward(
-    dsum: Tensor,
+    dsum: Tensor | None,
     dnormed: Tensor,
     x: Tensor,
     branch: Tensor,
@@ -156,7 +241,7 @@ def _add_norm_backward(
     total: Tensor,
     normed: Tensor,
     eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     from . import norm_triton
 
     return norm_triton.backward(dsum, dnormed, total, weight, eps)
@@ -166,4 +251,5 @@ _add_norm = differentiable(
     *("add_norm", _add_norm_forward, _add_norm_backward, lambda x, *_: (x.new_empty(x.shape), x.new_empty(x.shape))),
     gradients=(0, 0, 1, 2),
     differentiated=2,
+    packed=2,
 )

@@ -2,7 +2,7 @@
 
 _forward   One program: BLOCK_M rows. Writes the sum x + branch (if there is a branch) and its norm.
 _backward  One program: every so many blocks of rows. Statistics are computed again from the sum, in registers. Its sums
-           for weight and bias, (2, programs, C) in float32, are added up afterwards, so that nothing is atomic.
+           for weight and bias, (programs, 2C) in float32, are added up afterwards, so that nothing is atomic.
 """
 
 from typing import Any
@@ -74,9 +74,9 @@ def _backward(
         if ADD:
             dx += tl.load(dsum_ptr + at, mask=exists, other=0.0).to(tl.float32)
         tl.store(dx_ptr + at, rounded(dx, dx_ptr.dtype.element_ty), mask=exists)
-    at = partial_ptr + tl.program_id(0) * channels + channel
+    at = partial_ptr + tl.program_id(0) * (2 * channels) + channel
     tl.store(at, tl.sum(dweight, 0), mask=is_channel)
-    tl.store(at + tl.num_programs(0) * channels, tl.sum(dbias, 0), mask=is_channel)
+    tl.store(at + channels, tl.sum(dbias, 0), mask=is_channel)
 
 
 def _whole_rows(block: Block, size: tuple[int, int], _arguments: dict[str, Any]) -> bool:
@@ -103,21 +103,18 @@ def forward(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps:
     return total, normed
 
 
-def backward(
-    dsum: Tensor | None, dnormed: Tensor, total: Tensor, weight: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of the sum (and so of both that were added), weight and bias."""
+def backward(dsum: Tensor | None, dnormed: Tensor, total: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Gradients of the sum (and so of both that were added), and of weight and bias, one behind the other."""
     total, dnormed = total.contiguous(), dnormed.contiguous()
     dx = torch.empty_like(total)
     rows, channels = total.numel() // total.shape[-1], total.shape[-1]
     block_rows = next(block[0] for block in _BLOCKS if block[1] == padded(channels))
     trips = cdiv(cdiv(rows, block_rows), PROGRAMS)
     programs = cdiv(cdiv(rows, block_rows), trips)
-    partial = total.new_empty((2, programs, channels), dtype=torch.float32)
+    partial = total.new_empty((programs, 2 * channels), dtype=torch.float32)
     _run_backward(
         lambda _: programs, (padded(rows), padded(channels)),
         dsum_ptr=dx if dsum is None else dsum.contiguous(), dnormed_ptr=dnormed, sum_ptr=total, weight_ptr=weight,
         dx_ptr=dx, partial_ptr=partial, rows=rows, channels=channels, eps=eps, trips=trips, ADD=dsum is not None,
     )  # fmt: skip
-    dweight, dbias = (x.sum(0).to(weight.dtype) for x in partial)
-    return dx, dweight, dbias
+    return dx, partial.sum(0).to(weight.dtype)

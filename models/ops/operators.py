@@ -1,7 +1,8 @@
 """Functions with a backward pass of their own, as operators: torch.compile, torch.export and autograd see one node.
 
 An operator takes tensors, then options, and returns one or more tensors; `NAME_backward` takes the gradients of the
-first outputs, the tensors, all outputs and the options. Bodies run on real tensors only, on the tensors' own device.
+first outputs (None for one that has none, where `Tensor | None` is annotated, else zeros), the tensors, all outputs and
+the options. Bodies run on real tensors only, on the tensors' own device.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ def differentiable(
     outputs_like: Callable[..., Any],
     gradients: Sequence[int],
     differentiated: int = 1,
+    packed: int = 0,
     flops: tuple[Callable[..., int], Callable[..., int]] | None = None,
 ) -> torch.library.CustomOpDef:
     """Register `forward` and `backward` as operators.
@@ -37,6 +39,7 @@ def differentiable(
         gradients: for each of the first inputs, which of the tensors that backward returns is its gradient; -1: the
             incoming gradient is. Backward returns contiguous tensors that share no memory.
         differentiated: how many of the first outputs have gradients, which backward takes.
+        packed: how many of the last gradients backward returns as one vector, one behind the other.
         flops: floating-point operations of forward and backward, by the arguments with shapes in place of tensors.
     """
     operator, backward_operator = (
@@ -48,11 +51,17 @@ def differentiable(
     _bodies.update({name: forward, f"{name}_backward": backward})
     operator.register_fake(outputs_like)
     firsts = [gradients.index(number) for number in range(max(gradients) + 1)]
-    backward_operator.register_fake(
-        lambda *arguments: tuple(
-            arguments[differentiated + i].new_empty(arguments[differentiated + i].shape) for i in firsts
-        )
-    )
+    alone, together = firsts[: len(firsts) - packed], firsts[len(firsts) - packed :]
+
+    def gradients_like(*arguments: Any) -> tuple[Tensor, ...]:
+        inputs = arguments[differentiated:]
+        vector = [inputs[together[0]].new_empty(sum(inputs[i].numel() for i in together))] if packed else []
+        return (*(inputs[i].new_empty(inputs[i].shape) for i in alone), *vector)
+
+    backward_operator.register_fake(gradients_like)
+
+    schema = backward_operator._opoverload._schema
+    optional = [n for n, x in enumerate(schema.arguments) if isinstance(x.type, torch.OptionalType)]
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         tensors = [x for x in inputs if isinstance(x, Tensor)]
@@ -64,8 +73,14 @@ def differentiable(
     def spread(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         outputs = saved[len(saved) - len(grads) :]
-        given = [torch.zeros_like(x) if g is None else g for g, x in zip(grads, outputs, strict=True)][:differentiated]
-        found = backward_operator(*given, *saved, *ctx.options)
+        given = [
+            torch.zeros_like(x) if g is None and number not in optional else g
+            for number, (g, x) in enumerate(zip(grads[:differentiated], outputs, strict=False))
+        ]
+        found = list(backward_operator(*given, *saved, *ctx.options))
+        if packed:
+            parts = found.pop().split([saved[i].numel() for i in together])
+            found += [part.view_as(saved[i]) for part, i in zip(parts, together, strict=True)]
         of_inputs = (grads[0] if number < 0 else found[number] for number in gradients)
         return (*of_inputs, *(None,) * (ctx.inputs - len(gradients)))
 
@@ -85,7 +100,7 @@ def _on_device(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function, run with its first tensor's GPU as the current one: Triton launches on the current GPU."""
 
     def run(*arguments: Any) -> Any:
-        device = arguments[0].device
+        device = next(x.device for x in arguments if isinstance(x, Tensor))
         elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
         with torch.cuda.device(device) if elsewhere else contextlib.nullcontext():
             return function(*arguments)
