@@ -37,8 +37,7 @@ class Router(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """Two maps (B, H, W, C) -> logits (B, P, k) in descending order and window numbers (B, P, k), int64."""
-        q_windows, k_windows = ops.window_means(q, self.n_win), ops.window_means(k, self.n_win)
-        return ops.route_windows(q_windows, k_windows, self.topk, self.scale)
+        return ops.route_maps(q, k, self.n_win, self.topk, self.scale)
 
     def extra_repr(self) -> str:
         return f"n_win={self.n_win}, topk={self.topk}"

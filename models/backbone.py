@@ -213,7 +213,8 @@ class Backbone(nn.Module):
     def forward_stage(self, stage: int, x: Tensor) -> Tensor:
         """One stage, 0..3: (B, C, H, W) -> (B, C', H', W')."""
         checkpointed = self.training and self.grad_checkpointing[stage]
-        with copied_for_autocast(pointwise_weights(self.stages[stage])):
+        compiling = torch.compiler.is_compiling()
+        with nullcontext() if compiling else copied_for_autocast(pointwise_weights(self.stages[stage])):
             return run_stage(self.downsample_layers[stage], self.stages[stage], x, checkpointed)
 
     def check_input(self, x: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ class _KeyedNorm(nn.Module):
 
 
 class OffsetNetwork(nn.Sequential):
-    """Predicts how far each agent moves: strided depthwise convolution, LayerNorm, GELU, projection to one number.
+    """Predicts where the agents are: strided depthwise convolution, LayerNorm, GELU, projection to how far each moves.
 
     All groups share its weights. The one number moves an agent along both axes (a departure from DAT, as published).
     """
@@ -42,13 +42,13 @@ class OffsetNetwork(nn.Sequential):
         self.groups = groups
 
     def forward(self, q: Tensor) -> Tensor:
-        """(B, H, W, C) -> offsets (B, Ha, Wa, g)."""
-        conv, norm, act, project = self
+        """(B, H, W, C) -> positions (B, Ha, Wa, g, 2)."""
+        conv, norm, project = self[0], self[1].norm, self[3]
         # One convolution over all C channels with the kernel repeated per group: no group axis in the batch.
         weight = conv.weight.repeat(self.groups, 1, 1, 1)
         x = F.conv2d(to_nchw(q), weight, None, conv.stride, conv.padding, groups=q.shape[-1])
         x = to_nhwc(x).unflatten(-1, (self.groups, -1))
-        return project(act(norm(x))).squeeze(-1)
+        return ops.positions_of_features(x, norm.weight, norm.bias, norm.eps, project.weight.flatten())
 
 
 @register_attention("deformable_agent")
@@ -109,7 +109,7 @@ class DeformableAgentAttention(nn.Module):
         x = ops.pad_to_multiple(x, n_win)
         q, k, v = self.qkv_conv(x)
 
-        positions = ops.agent_positions(self.conv_offset_q(q))
+        positions = self.conv_offset_q(q)
         agents = ops.sample_agents(x, positions)
         lepe = self.lepe1(v)
         # Agents added by padding are zeros at the map's centre and stay in the attention: released dense models

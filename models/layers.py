@@ -1,7 +1,7 @@
 """Small modules shared by all families. Letters: B batch, H x W map, C channels."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from timm.layers import trunc_normal_
@@ -48,10 +48,11 @@ class PointwiseConv(nn.Conv2d):
         return self
 
 
-def pointwise_weights(module: nn.Module) -> list[Tensor]:
+def pointwise_weights(module: nn.Module) -> Iterator[Tensor]:
     """Weights and biases of all linear layers of maps in a module."""
-    layers = (layer for layer in module.modules() if isinstance(layer, MapLinear | PointwiseConv))
-    return [p for layer in layers for p in (layer.weight, layer.bias) if p is not None]
+    for layer in module.modules():
+        if isinstance(layer, MapLinear | PointwiseConv):
+            yield from layer.parameters(recurse=False)
 
 
 class DepthwiseConv(nn.Conv2d):

@@ -6,9 +6,15 @@ symbolically although the functions look at shapes.
 
 import torch.fx
 
-from .deformable import agent_positions, deformable_attention, relative_position_bias, sample_agents
+from .deformable import (
+    agent_positions,
+    deformable_attention,
+    positions_of_features,
+    relative_position_bias,
+    sample_agents,
+)
 from .maps import add_norm, copied_for_autocast, depthwise, pointwise
-from .routed import route_windows, routed_attention
+from .routed import route_maps, route_windows, routed_attention
 from .windows import from_windows, pad_to_multiple, pool_windows, split_side, to_windows, window_means
 
 __all__ = [
@@ -21,7 +27,9 @@ __all__ = [
     "pad_to_multiple",
     "pointwise",
     "pool_windows",
+    "positions_of_features",
     "relative_position_bias",
+    "route_maps",
     "route_windows",
     "routed_attention",
     "sample_agents",

@@ -32,6 +32,17 @@ def agent_positions(offsets: Tensor) -> Tensor:
     return (reference[:, :, None] + offsets.to(dtype)[..., None]).clamp(-1, 1)
 
 
+def positions_of_features(x: Tensor, weight: Tensor, bias: Tensor, eps: float, projection: Tensor) -> Tensor:
+    """Agents' positions by what is known of each: `agent_positions` of projection . GELU(LayerNorm(x)).
+
+    x: (B, Ha, Wa, g, D); weight, bias, projection: (D).
+    """
+    if choose_backend(None, x) == "triton":
+        return _positions(x, weight, bias, projection, eps)
+    x = F.gelu(F.layer_norm(x, weight.shape, weight, bias, eps))
+    return agent_positions(F.linear(x, projection[None]).squeeze(-1))
+
+
 def sample_agents(x: Tensor, positions: Tensor) -> Tensor:
     """Read the map at the agents' positions, bilinearly; each group reads its own channels at its own positions.
 
@@ -206,6 +217,30 @@ def _taken_apart(
     """What torch.onnx, and whoever takes PyTorch's decompositions, puts in the operator's place."""
     out = deformable_export.forward(q, k, v, rpe_table, positions, num_heads, scale)
     return out, q.new_empty(0, dtype=torch.float32)
+
+
+def _positions_forward(x: Tensor, weight: Tensor, bias: Tensor, projection: Tensor, eps: float) -> Tensor:
+    from . import positions_triton
+
+    return positions_triton.forward(x, weight, bias, projection, eps)
+
+
+def _positions_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, projection: Tensor, out: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    from . import positions_triton
+
+    return positions_triton.backward(grad, x, weight, bias, projection, eps)
+
+
+_positions = differentiable(
+    *("positions_of_features", _positions_forward, _positions_backward),
+    lambda x, *_: x.new_empty((*x.shape[:-1], 2), dtype=torch.float32),
+    gradients=range(4),
+    packed=3,
+    # The projection's products.
+    flops=(lambda x, *_, **__: 2 * x.numel(), lambda grad, x, *_, **__: 4 * x.numel()),
+)
 
 
 def _sample_forward(x: Tensor, positions: Tensor) -> Tensor:

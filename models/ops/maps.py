@@ -44,10 +44,12 @@ _copies: dict[int, Tensor] = {}
 @contextlib.contextmanager
 def copied_for_autocast(weights: Iterable[Tensor]) -> Iterator[None]:
     """Within the block, `pointwise` under autocast finds half-precision copies of these, made in one pass."""
-    weights = list(weights)
-    if not weights or not _is_in_half_precision(weights[0]):
+    weights = iter(weights)
+    first = next(weights, None)
+    if first is None or not _is_in_half_precision(first):
         yield
         return
+    weights = [first, *weights]
     # Each begins at 16 bytes, as matrix products want it.
     sizes = [-(-w.numel() // 8) * 8 for w in weights]
     memory = weights[0].new_empty(sum(sizes), dtype=torch.get_autocast_dtype(weights[0].device.type))

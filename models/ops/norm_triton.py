@@ -20,7 +20,7 @@ PROGRAMS = 528
 
 
 @triton.jit
-def _standardised(x, is_channel, channels, eps):
+def standardised(x, is_channel, channels, eps):
     """Rows (M, N) with mean 0 and variance 1, and the factors 1/std."""
     mean = tl.sum(x, 1) / channels
     x = tl.where(is_channel[None, :], x - mean[:, None], 0.0)
@@ -42,7 +42,7 @@ def _forward(
         x = rounded(x + tl.load(branch_ptr + at, mask=exists, other=0.0).to(tl.float32), sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + at, x, mask=exists)
         x = x.to(tl.float32)
-    x, _ = _standardised(x, is_channel, channels, eps)
+    x, _ = standardised(x, is_channel, channels, eps)
     weight = tl.load(weight_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)
     bias = tl.load(bias_ptr + channel, mask=is_channel, other=0.0).to(tl.float32)
     normed = x * weight[None, :] + bias[None, :]
@@ -65,7 +65,7 @@ def _backward(
         exists = (row < rows)[:, None] & is_channel[None, :]
         x = tl.load(sum_ptr + at, mask=exists, other=0.0).to(tl.float32)
         grad = tl.load(dnormed_ptr + at, mask=exists, other=0.0).to(tl.float32)
-        x, factor = _standardised(x, is_channel, channels, eps)
+        x, factor = standardised(x, is_channel, channels, eps)
         dweight += grad * x
         dbias += grad
         grad *= weight[None, :]
@@ -79,14 +79,14 @@ def _backward(
     tl.store(at + channels, tl.sum(dbias, 0), mask=is_channel)
 
 
-def _whole_rows(block: Block, size: tuple[int, int], _arguments: dict[str, Any]) -> bool:
+def whole_rows(block: Block, size: tuple[int, int], _arguments: dict[str, Any]) -> bool:
     return block.n == size[1]
 
 
 _BLOCKS = [(64, 16, 1, 1), (32, 32, 1, 1), (32, 64, 2, 1), (16, 128, 2, 1), (8, 256, 2, 1), (8, 512, 4, 1)]
 _BLOCKS += [(4, 1024, 4, 1), (2, 2048, 4, 1), (1, 4096, 8, 1), (1, 8192, 8, 1)]
-_run_forward = Kernel(_forward, _BLOCKS, lambda *_: 1, _whole_rows)
-_run_backward = Kernel(_backward, _BLOCKS, lambda arguments, _: arguments["trips"], _whole_rows)
+_run_forward = Kernel(_forward, _BLOCKS, lambda *_: 1, whole_rows)
+_run_backward = Kernel(_backward, _BLOCKS, lambda arguments, _: arguments["trips"], whole_rows)
 
 
 def forward(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -22,6 +22,27 @@ def body(name: str) -> Callable[..., Any]:
     return _bodies[name]
 
 
+def operator(
+    name: str,
+    function: Callable[..., Any],
+    outputs_like: Callable[..., Any],
+    flops: Callable[..., int] | None = None,
+) -> torch.library.CustomOpDef:
+    """Register a function without gradients.
+
+    Args:
+        outputs_like: the function's arguments -> empty tensors like its outputs.
+        flops: floating-point operations, by the arguments with shapes in place of tensors.
+    """
+    schema = torch.library.infer_schema(function, mutates_args=())
+    registered = torch.library.custom_op(f"{NAMESPACE}::{name}", _on_device(function), mutates_args=(), schema=schema)
+    registered.register_fake(outputs_like)
+    _bodies[name] = function
+    if flops:
+        register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), name))(flops)
+    return registered
+
+
 def differentiable(
     name: str,
     forward: Callable[..., Any],
@@ -42,14 +63,6 @@ def differentiable(
         packed: how many of the last gradients backward returns as one vector, one behind the other.
         flops: floating-point operations of forward and backward, by the arguments with shapes in place of tensors.
     """
-    operator, backward_operator = (
-        torch.library.custom_op(
-            f"{NAMESPACE}::{full_name}", _on_device(function), mutates_args=(), schema=_schema(function)
-        )
-        for full_name, function in ((name, forward), (f"{name}_backward", backward))
-    )
-    _bodies.update({name: forward, f"{name}_backward": backward})
-    operator.register_fake(outputs_like)
     firsts = [gradients.index(number) for number in range(max(gradients) + 1)]
     alone, together = firsts[: len(firsts) - packed], firsts[len(firsts) - packed :]
 
@@ -58,8 +71,8 @@ def differentiable(
         vector = [inputs[together[0]].new_empty(sum(inputs[i].numel() for i in together))] if packed else []
         return (*(inputs[i].new_empty(inputs[i].shape) for i in alone), *vector)
 
-    backward_operator.register_fake(gradients_like)
-
+    registered = operator(name, forward, outputs_like, flops and flops[0])
+    backward_operator = operator(f"{name}_backward", backward, gradients_like, flops and flops[1])
     schema = backward_operator._opoverload._schema
     optional = [n for n, x in enumerate(schema.arguments) if isinstance(x.type, torch.OptionalType)]
 
@@ -84,16 +97,8 @@ def differentiable(
         of_inputs = (grads[0] if number < 0 else found[number] for number in gradients)
         return (*of_inputs, *(None,) * (ctx.inputs - len(gradients)))
 
-    operator.register_autograd(spread, setup_context=save)
-    if flops:
-        packets = (getattr(getattr(torch.ops, NAMESPACE), n) for n in (name, f"{name}_backward"))
-        for packet, count in zip(packets, flops, strict=True):
-            register_flop_formula(packet)(count)
-    return operator
-
-
-def _schema(function: Callable[..., Any]) -> str:
-    return torch.library.infer_schema(function, mutates_args=())
+    registered.register_autograd(spread, setup_context=save)
+    return registered
 
 
 def _on_device(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,8 +11,11 @@ from torch._decomp import register_decomposition
 
 from . import routed_export, routed_torch
 from .backend import WORKSPACE, choose_backend
-from .operators import differentiable
-from .windows import from_windows, pair, to_windows
+from .operators import differentiable, operator
+from .windows import from_windows, pair, to_windows, window_means
+
+_MOST_WINDOWS = 256
+"""Windows that one of the routing kernel's programs holds at most."""
 
 
 def route_windows(q_win: Tensor, k_win: Tensor, topk: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -23,6 +26,17 @@ def route_windows(q_win: Tensor, k_win: Tensor, topk: int, scale: float) -> tupl
     """
     affinity = (q_win.detach() * scale) @ k_win.detach().transpose(-2, -1)
     return affinity.topk(min(topk, affinity.shape[-1]), dim=-1)
+
+
+def route_maps(q: Tensor, k: Tensor, n_win: int | tuple[int, int], topk: int, scale: float) -> tuple[Tensor, Tensor]:
+    """`route_windows` of the means of a map's windows.
+
+    q, k: (B, H, W, C), not of the same sides; n_win: windows per side, or rows and columns; they must divide the sides.
+    """
+    rows, columns = pair(n_win)
+    if rows * columns <= _MOST_WINDOWS and choose_backend(None, q) == "triton":
+        return _route(q.detach(), k.detach().to(q.dtype), rows, columns, min(topk, rows * columns), scale)
+    return route_windows(window_means(q, n_win), window_means(k, n_win), topk, scale)
 
 
 def routed_attention(
@@ -80,7 +94,24 @@ def routed_attention_reference(
     return from_windows(out.transpose(1, 2).reshape(b, p, -1, c), n_win, height, width)
 
 
-# -- the fast backends as one operator ----------------------------------------------------------------------------
+# -- routing on GPUs and the fast backends of attention as operators -------------------------------------------------
+
+
+def _route_forward(q: Tensor, k: Tensor, rows: int, columns: int, topk: int, scale: float) -> tuple[Tensor, Tensor]:
+    from . import routing_triton
+
+    return routing_triton.choose(q, k, (rows, columns), topk, scale)
+
+
+def _routes_like(q: Tensor, k: Tensor, rows: int, columns: int, topk: int, scale: float) -> tuple[Tensor, Tensor]:
+    shape = q.shape[0], rows * columns, topk
+    return q.new_empty(shape), q.new_empty(shape, dtype=torch.int64)
+
+
+_route = operator(
+    *("route_maps", _route_forward, _routes_like),
+    flops=lambda q, k, rows, columns, *_, **__: 2 * q[0] * (rows * columns) ** 2 * q[3],
+)
 
 
 def _forward(

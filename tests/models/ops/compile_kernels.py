@@ -10,7 +10,7 @@ import torch
 from attention_cases import Deformable, Routed
 
 from benchmarks.machine_code_triton import compile_launch
-from models.ops import deformable_triton, launch_triton, routed_triton, sampling_triton
+from models.ops import deformable_triton, launch_triton, positions_triton, routed_triton, sampling_triton
 
 CASES = [
     Routed(2, (7, 7), (8, 8), (8, 8), 2, 32, 1),
@@ -36,6 +36,9 @@ def run(case, dtype) -> None:
         deformable_triton.backward(out, *arguments, out, lse, case.heads, 0.1, 2**20)
         agents = sampling_triton.forward(q, arguments[-1])
         sampling_triton.backward(agents, q, arguments[-1])
+        features, parameter = q.unflatten(-1, (2, -1)), torch.empty(q.shape[-1] // 2, device="meta")
+        positions = positions_triton.forward(features, *[parameter] * 3, 1e-5)
+        positions_triton.backward(positions, features, *[parameter] * 3, 1e-5)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Sums with norms, depthwise convolutions with what surrounds them, sampling: every backend against float64."""
+"""Sums with norms, depthwise convolutions with more, agents: positions and samples; every backend against float64."""
 
 import pytest
 import torch
@@ -41,6 +41,14 @@ FUNCTIONS = {
     "plus-another": (
         lambda x, w, b, y: ops.depthwise(x, w, b, y),
         [normal(1, 3, 18, 16), *convolution(16, 5), normal(1, 3, 18, 16, seed=1)],
+    ),
+    "positions": (
+        lambda x, w, b, p: ops.positions_of_features(x, w, b, 1e-5, p),
+        [normal(2, 3, 5, 2, 24), normal(24), normal(24, seed=1), normal(24, seed=2) / 8],
+    ),
+    "positions-outside": (
+        lambda x, w, b, p: ops.positions_of_features(x, w, b, 1e-5, p),
+        [normal(1, 7, 1, 3, 64), normal(64), normal(64, seed=1), normal(64, seed=2)],
     ),
     "sample": (ops.sample_agents, [normal(2, 9, 7, 32), positions(2, 3, 2, 2)]),
     "sample-many": (ops.sample_agents, [normal(1, 1, 8, 70), positions(1, 1, 70, 1)]),
@@ -110,6 +118,7 @@ def test_depthwise_is_the_convolution_with_what_is_asked_for():
         (maps._convolve, "gelu", (True, True)),
         (maps._convolve_and_add, "plus-another", ()),
         (deformable._sample, "sample", ()),
+        (deformable._positions, "positions", (1e-5,)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

@@ -73,6 +73,7 @@ def test_a_kernel_of_a_convolution_is_a_weight():
 def test_a_models_linear_layers_get_their_weights_once_a_stage_and_give_gradients_in_float32():
     model = timm.create_model("debiformer_nano")
     layers = [layer for layer in model.modules() if isinstance(layer, MapLinear | PointwiseConv)]
+    layers = [layer for layer in layers if len(layer.weight) > 1]  # projections to one number: agents' positions
     calls = trace("debiformer_nano", "training", 2, 64)
     assert sum(call.name == "aten::_foreach_copy_" for call in calls) == 4
     cast = {call.inputs[0][0] for call in calls if call.name == "aten::_to_copy"}
