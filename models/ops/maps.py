@@ -66,8 +66,10 @@ def copied_for_autocast(weights: Iterable[Tensor]) -> Iterator[None]:
 
 def _is_in_half_precision(x: Tensor) -> bool:
     """Whether `pointwise` makes half precision of its inputs by itself; compiled, PyTorch's autocast is as good."""
-    by_autocast = torch.is_autocast_enabled(x.device.type) and not torch.compiler.is_compiling()
-    return by_autocast and choose_backend(None, x) == "triton"
+    device = x.device.type
+    if torch.compiler.is_compiling() or not torch.amp.is_autocast_available(device):
+        return False
+    return torch.is_autocast_enabled(device) and choose_backend(None, x) == "triton"
 
 
 class _Pointwise(torch.autograd.Function):
