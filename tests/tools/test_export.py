@@ -174,7 +174,7 @@ def test_hugging_face_folder_says_all_about_a_trained_model(checkpoint, tmp_path
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(twin(images), loaded.model(images))
     assert config["pretrained_cfg"]["tag"] == ""
-    assert "arXiv:2410.08582" in (folder / "README.md").read_text()
+    assert "arxiv:2410.08582" in (folder / "README.md").read_text()
     data = timm.data.resolve_model_data_config(twin)
     assert (data["input_size"], data["crop_pct"]) == ((3, 32, 32), 0.875)
     tuned = timm.create_model(f"local-dir:{folder}", pretrained=True, num_classes=7)
