@@ -95,6 +95,7 @@ _run_choose = Kernel(
     _choose,
     [(16, 64, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)],
     lambda arguments, block: cdiv(arguments["channels"], block.n) + arguments["topk"],
+    float32=[(16, 32, 4, 1), (16, 16, 4, 1)],
 )
 
 

@@ -10,7 +10,14 @@ import torch
 from attention_cases import Deformable, Routed
 
 from benchmarks.machine_code_triton import compile_launch
-from models.ops import deformable_triton, launch_triton, positions_triton, routed_triton, sampling_triton
+from models.ops import (
+    deformable_triton,
+    launch_triton,
+    positions_triton,
+    routed_triton,
+    routing_triton,
+    sampling_triton,
+)
 
 CASES = [
     Routed(2, (7, 7), (8, 8), (8, 8), 2, 32, 1),
@@ -28,6 +35,7 @@ def run(case, dtype) -> None:
     if isinstance(case, Routed):
         arguments = q, k, v, fixed[0].to("meta")
         options = case.windows, case.heads, 0.1
+        routing_triton.choose(q, k, case.windows, case.topk, 0.1)
         out, lse = routed_triton.forward(*arguments, *options)
         routed_triton.backward(out, *arguments, out, lse, *options)
     else:
