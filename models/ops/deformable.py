@@ -216,7 +216,7 @@ def _taken_apart(
 ) -> tuple[Tensor, Tensor]:
     """What torch.onnx, and whoever takes PyTorch's decompositions, puts in the operator's place."""
     out = deformable_export.forward(q, k, v, rpe_table, positions, num_heads, scale)
-    return out, q.new_empty(0, dtype=torch.float32)
+    return out, _outputs_like(q, k, v, rpe_table, positions, num_heads, scale, backend, workspace)[1]
 
 
 def _positions_forward(x: Tensor, weight: Tensor, bias: Tensor, projection: Tensor, eps: float) -> Tensor:
