@@ -1,7 +1,8 @@
 """Which implementation runs an attention: "reference", "torch" or "triton"; "export" in programs for other runtimes.
 
 None asks for the fastest that can run; the environment variable DEBIFORMER_BACKEND then speaks first. The choice is
-logged once per outcome. A backend asked for by name that cannot run is an error that says why.
+logged once per outcome. A backend asked for by name that cannot run is an error that says why. While torch.onnx exports
+a module, it is always "export".
 """
 
 import contextlib
@@ -48,6 +49,8 @@ def choose_backend(requested: str | None, q: Tensor, num_heads: int | None = Non
 
     requested: a name in `BACKENDS`, or None. ValueError for an unknown name, or one that cannot run here.
     """
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():  # ONNX knows no operators of this project
+        return "export"
     # Decided here, where a symbolic width is guarded; `_choose` takes constants.
     size_obstacle = (
         f"its heads have at most {TRITON_LARGEST_HEAD} channels"

@@ -7,7 +7,6 @@ Positions are (y, x) in [-1, 1], where -1 and 1 are the centres of the first and
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._decomp import register_decomposition
 
 from . import deformable_export, deformable_torch
 from .backend import WORKSPACE, choose_backend
@@ -200,23 +199,6 @@ _attend = differentiable(
         lambda grad, q, k, *_, **__: 5 * _products(q, k),
     ),
 )
-
-
-@register_decomposition(torch.ops.debiformer.deformable_attention.default)
-def _taken_apart(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    rpe_table: Tensor,
-    positions: Tensor,
-    num_heads: int,
-    scale: float,
-    backend: str,
-    workspace: int,
-) -> tuple[Tensor, Tensor]:
-    """What torch.onnx, and whoever takes PyTorch's decompositions, puts in the operator's place."""
-    out = deformable_export.forward(q, k, v, rpe_table, positions, num_heads, scale)
-    return out, _outputs_like(q, k, v, rpe_table, positions, num_heads, scale, backend, workspace)[1]
 
 
 def _positions_forward(x: Tensor, weight: Tensor, bias: Tensor, projection: Tensor, eps: float) -> Tensor:

@@ -7,7 +7,6 @@ k routed windows.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._decomp import register_decomposition
 
 from . import routed_export, routed_torch
 from .backend import WORKSPACE, choose_backend
@@ -187,21 +186,3 @@ _attend = differentiable(
         lambda grad, q, k, v, idx, *_, **__: 5 * _products(q, k, idx),
     ),
 )
-
-
-@register_decomposition(torch.ops.debiformer.routed_attention.default)
-def _taken_apart(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    idx: Tensor,
-    rows: int,
-    columns: int,
-    num_heads: int,
-    scale: float,
-    backend: str,
-    workspace: int,
-) -> tuple[Tensor, Tensor]:
-    """What torch.onnx, and whoever takes PyTorch's decompositions, puts in the operator's place."""
-    out = routed_export.forward(q, k, v, idx, (rows, columns), num_heads, scale)
-    return out, _outputs_like(q, k, v, idx, rows, columns, num_heads, scale, backend, workspace)[1]
