@@ -118,7 +118,7 @@ def test_evaluated_state_is_copied_once_and_the_same_one_written_once(tmp_path, 
     assert len(copied) == 2
     assert load_checkpoint(tmp_path / "checkpoint.0001.pth")["best"] == state.best
     best = load_checkpoint(tmp_path / BEST)
-    assert best.keys() == {"model", "args", "classes", "best"}
+    assert best.keys() == {"model", "args", "classes", "held_out", "best"}
     assert_same(best["model"], dict(load_checkpoint(tmp_path / "checkpoint.0001.pth")["model"]))
 
 
