@@ -19,10 +19,11 @@ if not torch.cuda.is_available():  # read when Triton is first imported, which t
     os.environ["TRITON_INTERPRET"] = "1"
 
 import engine
+import main
 from models.weights import WeightsError, load_checkpoint
 from runtime.checkpoint import LAST
 from runtime.distributed import DistInfo
-from runtime.errors import UsageError
+from runtime.errors import Stopped, UsageError
 from tasks import find_task, loading
 
 ROOT = Path(__file__).parent.parent
@@ -66,6 +67,15 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, updates: int) -> None:
         return step(self, *args)
 
     monkeypatch.setattr(engine.TrainStep, "step", counting)
+
+
+def run_until_stopped(options: Any, updates: int, monkeypatch: pytest.MonkeyPatch) -> Stopped:
+    """Train until SIGTERM comes in the middle of the update with this number; how the run ended."""
+    with monkeypatch.context() as patch:
+        stop_after(patch, updates)
+        with pytest.raises(Stopped) as end:
+            main.run(options)
+    return end.value
 
 
 def complaint(function: Callable, *args: object) -> str:

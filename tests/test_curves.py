@@ -28,7 +28,7 @@ def record(epoch, plain, averaged):
     return {"epoch": epoch, **losses, **figures}
 
 
-def test_the_best_epoch_is_marked(drawn):
+def test_best_epoch_is_marked(drawn):
     figure = drawn([record(0, 40.0, 20.0), record(1, 60.0, 70.5), record(2, 65.0, 70.5)])
     quality = figure.axes[1]
     (mark,) = [line for line in quality.lines if line.get_marker() == "*"]

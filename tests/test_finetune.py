@@ -19,7 +19,7 @@ def commands():
     return [shlex.split(line) for line in re.findall(r"^    (python .*)$", text, re.MULTILINE)]
 
 
-def test_the_photos_are_the_same_every_time(tmp_path):
+def test_photos_are_the_same_every_time(tmp_path):
     for folder in ("one", "two"):
         make_photos.write(tmp_path / folder)
     files = sorted(path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*.png"))
@@ -29,7 +29,7 @@ def test_the_photos_are_the_same_every_time(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_worked_example_reaches_95_percent(tmp_path, monkeypatch, capsys):
+def test_worked_example_reaches_95_percent(tmp_path, monkeypatch, capsys):
     photos, tune, say = commands()
     monkeypatch.chdir(tmp_path)
     main.run(parse_args(["--output_dir", "outputs/quickstart", "--epochs", "3", "--num_workers", "0"]))

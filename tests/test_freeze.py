@@ -3,12 +3,11 @@
 import pytest
 import timm
 import torch
-from support import complaint, stop_after
+from support import complaint, run_until_stopped
 
 import main
 from models.weights import load_checkpoint
 from runtime.checkpoint import BEST, LAST
-from runtime.errors import Stopped
 from runtime.model import freeze
 
 
@@ -32,7 +31,7 @@ def changed(before, folder):
         ("backbone", ("downsample_layers.", "stages.", "norm.")),
     ],
 )
-def test_the_frozen_part_keeps_weights_and_statistics(weights, small_options, part, kept):
+def test_frozen_part_keeps_weights_and_statistics(weights, small_options, part, kept):
     options = small_options("--finetune", weights, "--freeze", part, "--epochs", "1", "--drop_path", "0.5")
     options.output_dir += "-frozen"
     main.run(options)
@@ -76,15 +75,12 @@ def test_stages_of_other_models(name, kept):
         assert set(frozen) == {parameter for parameter, _ in model.named_parameters() if parameter.startswith(kept)}
 
 
-def test_a_stopped_run_goes_on_to_the_same_weights(weights, small_options, monkeypatch):
+def test_stopped_run_goes_on_to_the_same_weights(weights, small_options, monkeypatch):
     frozen = ["--finetune", weights, "--freeze", "1", "--deterministic"]
     whole, parts = small_options(*frozen), small_options(*frozen)
     whole.output_dir, parts.output_dir = whole.output_dir + "-whole", parts.output_dir + "-parts"
     main.run(whole)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 4)
-        with pytest.raises(Stopped):
-            main.run(parts)
+    run_until_stopped(parts, 4, monkeypatch)
     main.run(parts)
     for part in ("model", "model_ema"):
         once, twice = (load_checkpoint(f"{options.output_dir}/{LAST}")[part] for options in (whole, parts))

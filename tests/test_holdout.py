@@ -43,7 +43,7 @@ def test_every_class_keeps_its_share(only_train, fraction, count):
     assert [sum(f"/{name}/" in path for path in val) for name in CLASSES] == [count] * 4
 
 
-def test_the_split_hangs_on_names_alone(only_train, tmp_path):
+def test_split_hangs_on_names_alone(only_train, tmp_path):
     before = parts_of(options_for(only_train, "--val_fraction", 0.25))[1]
     again = parts_of(options_for(only_train, "--val_fraction", 0.25, "--seed", 9))[1]
     moved = Path(shutil.copytree(only_train, tmp_path / "elsewhere"))
@@ -95,7 +95,7 @@ def test_resuming_and_evaluating_keep_the_split(only_train, tmp_path):
     assert content["data"]["images"] == 96 - 12
 
 
-def test_a_held_out_image_that_is_gone_is_named(only_train, tmp_path):
+def test_held_out_image_that_is_gone_is_named(only_train, tmp_path):
     run = tmp_path / "run"
     main.run(options_for(only_train, "--val_fraction", 0.25, "--epochs", 1, "--output_dir", run))
     gone = load_checkpoint(run / BEST)["held_out"][0]
@@ -162,13 +162,13 @@ def test_saved_splits_without_validation_are_divided(library, tmp_path, counts):
     assert "--val_fraction 0.2" in complaint(build_data, options_for(tmp_path / "saved"))
 
 
-def test_a_saved_table_without_labels_is_told_by_its_columns(library, tmp_path):
+def test_saved_table_without_labels_is_told_by_its_columns(library, tmp_path):
     library.Dataset.from_dict({"text": ["a", "b"]}).save_to_disk(str(tmp_path / "saved"))
     words = complaint(build_data, options_for(tmp_path / "saved", "--val_fraction", 0.5))
     assert words.endswith("its columns are text")
 
 
-def test_a_run_trains_on_a_saved_folder(library, tmp_path):
+def test_run_trains_on_a_saved_folder(library, tmp_path):
     write_saved(library, tmp_path / "saved", train=16, validation=6)
     run = ["main.py", *SMALL_RUN, "--epochs", 1, "--num_workers", 2]
     done = command(*run, "--data_path", tmp_path / "saved", "--output_dir", tmp_path / "run")

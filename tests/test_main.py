@@ -17,7 +17,7 @@ import torch
 import yaml
 from PIL import Image
 from sklearn.datasets import load_digits
-from support import ROOT, SMALL_RUN, command, stop_after
+from support import ROOT, SMALL_RUN, command, run_until_stopped
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import engine
@@ -155,10 +155,7 @@ def test_stopped_run_goes_on_as_if_nothing_had_happened(small_options, monkeypat
     whole.output_dir += "-whole"
     main.run(whole)
     stopped = small_options(*argv)
-    with monkeypatch.context() as patch:
-        stop_after(patch, updates if not extra else updates // 3)
-        with pytest.raises(Stopped):
-            main.run(stopped)
+    run_until_stopped(stopped, updates if not extra else updates // 3, monkeypatch)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     main.run(stopped)
     one, two = main.Path(whole.output_dir), main.Path(stopped.output_dir)
@@ -478,10 +475,7 @@ def test_folder_of_another_run_is_not_overwritten(run_small):
 
 
 def test_another_order_of_images_midway_an_epoch_is_refused(small_options, monkeypatch):
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        with pytest.raises(Stopped):
-            main.run(small_options())
+    run_until_stopped(small_options(), 3, monkeypatch)
     with pytest.raises(UsageError, match=r"seed was 0, is 1"):
         main.run(small_options("--seed", "1"))
     with pytest.raises(UsageError, match=r"total batch was 8, is 16"):
@@ -546,11 +540,8 @@ def test_folders_checkpoint_goes_before_resume(small_options, run_small, capsys)
 
 def test_stopped_run_prints_a_command_that_goes_on(small_options, monkeypatch):
     options = small_options()
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2)
-        with pytest.raises(Stopped) as stopped:
-            main.run(options)
-    words = shlex.split(str(stopped.value).partition("To go on: ")[2])
+    stopped = run_until_stopped(options, 2, monkeypatch)
+    words = shlex.split(str(stopped).partition("To go on: ")[2])
     assert words[:2] == ["python", "main.py"]
     again = main.parse_args(words[2:])
     again.recipe = options.recipe
@@ -579,10 +570,7 @@ def test_second_run_in_a_folder_is_refused(run_small):
 
 def test_another_number_of_images_is_noticed(image_folder, small_options, monkeypatch, capsys):
     here = ("--data_path", str(image_folder), "--batch_size", "10")
-    with monkeypatch.context() as patch:
-        stop_after(patch, 2)
-        with pytest.raises(Stopped):
-            main.run(small_options(*here))
+    run_until_stopped(small_options(*here), 2, monkeypatch)
     shutil.copy(image_folder / "train" / "cat" / "0.png", image_folder / "train" / "cat" / "new.png")
     with pytest.raises(UsageError, match="whose order of images would change: images was 48, is 49"):
         main.run(small_options(*here))

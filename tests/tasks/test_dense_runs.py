@@ -9,12 +9,11 @@ from dense_cases import HEADS, SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from support import complaint, stop_after
+from support import complaint, run_until_stopped
 
 import main
 from models.weights import load_checkpoint
 from runtime.checkpoint import BEST, LAST
-from runtime.errors import Stopped
 from tasks import find_task
 from tasks.options import parse_args
 from tasks.trained import trained_options
@@ -45,10 +44,7 @@ def options_for(shapes, tmp_path):
 def test_dense_run_resumes_midway_and_evaluates_as_it_trained(options_for, monkeypatch, head):
     whole, stopped = options_for(head, folder="whole"), options_for(head)
     main.run(whole)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        with pytest.raises(Stopped):
-            main.run(stopped)
+    run_until_stopped(stopped, 3, monkeypatch)
     stood = load_checkpoint(main.Path(stopped.output_dir) / LAST)
     assert (stood["epoch"], stood["position"]) == (0, 6)
     main.run(stopped)
@@ -75,10 +71,7 @@ def test_dense_run_trains_in_half_precision(options_for, head):
 
 def test_run_from_before_images_were_grouped_goes_on(options_for, monkeypatch):
     ungrouped = options_for("retinanet", "--groups", "none")
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        with pytest.raises(Stopped):
-            main.run(ungrouped)
+    run_until_stopped(ungrouped, 3, monkeypatch)
     path = main.Path(ungrouped.output_dir) / LAST
     content = load_checkpoint(path)
     del content["data"]["groups"], content["args"]["groups"]
@@ -98,10 +91,7 @@ def test_run_counted_in_updates_resumes_midway(options_for, monkeypatch):
     updates = ["--iterations", "6", "--eval_every", "3", "--warmup_updates", "2", "--sched", "poly"]
     whole, stopped = (options_for("semantic_fpn", *updates, folder=folder) for folder in ("whole", "run"))
     main.run(whole)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 5)
-        with pytest.raises(Stopped):
-            main.run(stopped)
+    run_until_stopped(stopped, 5, monkeypatch)
     main.run(stopped)
     one, two = (load_checkpoint(main.Path(options.output_dir) / LAST)["model"] for options in (whole, stopped))
     assert all(torch.equal(value, two[name]) for name, value in one.items())

@@ -6,14 +6,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from support import CLASSES, SMALL_RUN, complaint, stop_after
+from support import CLASSES, SMALL_RUN, complaint, run_until_stopped
 from torch import nn
 
 import main
 from models.pixels import Pixels, normalize, pixels_of
 from models.weights import load_checkpoint
 from runtime.checkpoint import BEST, LAST
-from runtime.errors import Stopped
 from tasks.classification.distillation import DenseTeacher, add_answers, feature_distance, resized
 from tasks.classification.losses import DenseLoss, DistillationLoss, token_distance
 from tasks.classification.options import lessons_of
@@ -61,10 +60,7 @@ def test_run_resumes_midway_to_the_same_bits_and_saves_a_plain_model(taught, sma
     lessons = ("--distill", "features,tokens+logits")
     whole, stopped = taught(*lessons, folder="whole"), taught(*lessons)
     main.run(whole)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        with pytest.raises(Stopped):
-            main.run(stopped)
+    run_until_stopped(stopped, 3, monkeypatch)
     main.run(stopped)
     one, two = (load_checkpoint(main.Path(options.output_dir) / LAST) for options in (whole, stopped))
     for part in ("model", "model_ema"):

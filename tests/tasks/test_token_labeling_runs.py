@@ -7,14 +7,13 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from support import command, complaint, stop_after
+from support import command, complaint, run_until_stopped
 from timm.optim import param_groups_layer_decay
 from timm.utils import ModelEmaV3
 
 import main
 from models.weights import load_checkpoint, load_weights, weights_of
 from runtime.checkpoint import BEST, LAST
-from runtime.errors import Stopped
 from tasks.token_labeling import generate
 from tasks.token_labeling.model import add_auxiliary, token_grids
 from tasks.token_labeling.task import TokenLabeling, class_targets, mix_tokens, token_box
@@ -65,10 +64,7 @@ def plain(num_classes=4):
 def test_run_resumes_midway_to_the_same_bits_and_saves_a_plain_model(token_options, monkeypatch, small_options):
     whole, stopped = token_options("--tl_stage3", folder="whole"), token_options("--tl_stage3")
     main.run(whole)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 3)
-        with pytest.raises(Stopped):
-            main.run(stopped)
+    run_until_stopped(stopped, 3, monkeypatch)
     stood = load_checkpoint(main.Path(stopped.output_dir) / LAST)
     assert (stood["epoch"], stood["position"]) == (0, 24)
     main.run(stopped)

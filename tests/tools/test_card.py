@@ -14,7 +14,7 @@ from tools.export import export
 from tools.loading import load_model
 
 
-def test_the_card_says_what_a_run_measured(checkpoint):
+def test_card_says_what_a_run_measured(checkpoint):
     best = load_checkpoint(checkpoint)["best"]
     card = ModelCard(model_card(load_model("debiformer_nano", str(checkpoint))))
     assert (card.data.license, card.data.library_name, card.data.pipeline_tag) == (
@@ -55,7 +55,7 @@ def test_figures_that_are_none_are_left_out(checkpoint, trained_on):
     assert ("elsewhere" in card.text) is bool(trained_on)
 
 
-def test_the_code_on_the_card_runs(checkpoint, tmp_path):
+def test_code_on_the_card_runs(checkpoint, tmp_path):
     export(load_model("debiformer_nano", str(checkpoint)), "hf", tmp_path / "repo")
     (code,) = re.findall("```python\n(.*?)```", (tmp_path / "repo" / "README.md").read_text(), re.DOTALL)
     code = code.replace("FOLDER", str(tmp_path / "repo")) + "assert model.num_classes == 4\n"

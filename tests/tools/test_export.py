@@ -75,7 +75,7 @@ def test_openvino_gives_the_same_logits_for_any_batch_and_image_size(tmp_path):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_modules_of_a_model_in_sequence_are_the_model(name):
+def test_modules_of_a_model_in_sequence_are_the_model(name):
     loaded = loaded_with_varied_weights(name, input_size=64, model_kwargs={"depths": DEPTHS[name]})
     images = export.random_images(loaded, 2, (50, 71))
     actual = functools.reduce(lambda x, module: module(x), onnx_format.in_sequence(loaded.model), images)

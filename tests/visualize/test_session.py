@@ -260,7 +260,7 @@ def test_checkpoints_on_offer_are_those_of_runs(tmp_path):
     assert find_checkpoints(str(tmp_path / "none")) == []
 
 
-def test_the_page_starts_with_the_newest_trained_classifier(trained, tmp_path):
+def test_page_starts_with_the_newest_trained_classifier(trained, tmp_path):
     for age, name in enumerate(("damaged", "trained", "older")):
         (tmp_path / name).mkdir()
         best = tmp_path / name / "best.pth"

@@ -60,7 +60,7 @@ def test_copies_made_at_once_change_no_bit(dtype, device):
     assert all(torch.equal(a, b) for a, b in zip(alone, copied, strict=True))
 
 
-def test_a_kernel_of_a_convolution_is_a_weight():
+def test_kernel_of_a_convolution_is_a_weight():
     x, weight, bias = (x.float() for x in INPUTS)
     with use_backend("triton"), torch.autocast("cpu", torch.bfloat16):
         expected = ops.pointwise(x, weight, bias)
@@ -70,7 +70,7 @@ def test_a_kernel_of_a_convolution_is_a_weight():
         assert torch.autograd.grad(actual.sum(), kernel)[0].shape == kernel.shape
 
 
-def test_a_models_linear_layers_get_their_weights_once_a_stage_and_give_gradients_in_float32():
+def test_models_linear_layers_get_their_weights_once_a_stage_and_give_gradients_in_float32():
     model = timm.create_model("debiformer_nano")
     layers = [layer for layer in model.modules() if isinstance(layer, MapLinear | PointwiseConv)]
     layers = [layer for layer in layers if len(layer.weight) > 1]  # projections to one number: agents' positions
@@ -83,7 +83,7 @@ def test_a_models_linear_layers_get_their_weights_once_a_stage_and_give_gradient
     assert {call.outputs[0][2] for call in products} == {torch.float32}
 
 
-def test_an_error_leaves_no_copies():
+def test_error_leaves_no_copies():
     weight = torch.randn(8, 8)
     block = ops.copied_for_autocast([weight])
     with use_backend("triton"), torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError), block:
