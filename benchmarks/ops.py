@@ -27,6 +27,7 @@ from models.ops.backend import BACKENDS
 from models.pyramid import FeaturePyramid
 from runtime import distributed
 from runtime.errors import UsageError, exit_on_error
+from runtime.model import is_ours
 
 from .markdown import table
 from .measure import (
@@ -249,7 +250,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for --write")
     args = parser.parse_args(argv)
     for name in args.models:
-        if not timm.is_model(name) or not timm.model_entrypoint(name).__module__.startswith("models."):
+        if not is_ours(name):
             raise UsageError(f"--models {name}: not a model of this project; see the table of README.md")
     result = measure(args)
     if args.write:

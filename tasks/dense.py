@@ -15,7 +15,7 @@ from models.pixels import normalize, pixels_of
 from models.pyramid import FeaturePyramid
 from models.weights import load_to_finetune
 from runtime.errors import UsageError
-from runtime.model import build_model
+from runtime.model import build_model, is_ours
 from runtime.options import option
 
 from .base import Batch, Task
@@ -26,7 +26,7 @@ def build_backbone(opts: Any) -> tuple[nn.Module, list[int], nn.Module]:
 
     Ours are padded to whole windows and normed map by map, as the released dense models.
     """
-    if timm.models.is_model_in_modules(opts.model, ("debiformer", "biformer", "stl")):
+    if is_ours(opts.model):
         classifier = build_model(opts, num_classes=1000)
         if not isinstance(classifier, Backbone):
             raise UsageError(f"--model {opts.model} has no maps at strides 4 to 32; choose another")

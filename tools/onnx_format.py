@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.backbone import Backbone
-from models.ops.backend import use_backend
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -54,8 +53,7 @@ def write(model: nn.Module, size: int, path: Path) -> None:
     quiet = contextlib.ExitStack()
     quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
     quiet.enter_context(warnings.catch_warnings())
-    # ONNX knows no operators of this project, and has no strides, which fused attention would leave in the graph.
-    quiet.enter_context(use_backend("export"))
+    # ONNX has no strides, which fused attention would leave in the graph.
     quiet.enter_context(sdpa_kernel(SDPBackend.MATH))
     with quiet:
         warnings.simplefilter("ignore")
