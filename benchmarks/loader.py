@@ -3,6 +3,7 @@
     python -m benchmarks.loader --data_path ./data/in1k          your own images, in train/CLASS/ and val/CLASS/
     python -m benchmarks.loader --write                          500 x 375 cuts of scikit-learn's two photographs
     python -m benchmarks.loader -- --aa none --eval_resize torch with options of a run
+    python -m benchmarks.loader --measure listing --write        how long 1.28 million files take to list
 
 Both loaders work in this process, in turns, on the same files, up to batches of uint8; what counts is the time on a
 processor. Images are read once before, so that the disk does not matter.
@@ -31,6 +32,7 @@ from tasks.loading import Data, build_data
 from tasks.options import Options, parse_args
 from utils import seeded
 
+from .listing import listing_section, measure_listing
 from .markdown import table
 from .measure import RESULTS, describe_machine, machine_line, write_result
 
@@ -158,28 +160,49 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = OneLineParser(
         prog="python -m benchmarks.loader", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--measure", choices=("images", "listing"), default="images")
     parser.add_argument("--data_path", help="folder with train/CLASS/ and val/CLASS/; default: it makes images")
     parser.add_argument("--images", type=int, default=128, help="how many of each")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--files", type=int, default=1_281_167, help="listing: how many empty ones it makes")
+    parser.add_argument("--processes", type=int, default=8, help="listing: how many begin a run together")
+    parser.add_argument("--workers", type=int, default=2, help="listing: of one process, whose memory is measured")
     parser.add_argument("--write", action="store_true", help="also write the results")
     parser.add_argument("--results", type=Path, default=RESULTS, help="where to")
     parser.add_argument("options", nargs="*", help="options of a run, after --")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as made:
-        if not args.data_path:
-            make_images(Path(made), args.images)
-        common = ["--data_path", args.data_path or made, "--num_workers", "0", "--no_repeated_aug"]
-        options = parse_args([*common, "--model", "debiformer_tiny", "--batch_size", "32", *args.options])
-        if options.task != "classification" or options.data_set != "IMNET":
-            raise UsageError("benchmarks.loader measures folders of classified images: leave out --task and --data_set")
-        rows = measure(options, args.images, args.repeats)
-    about = f"{args.images} images of {args.data_path or '500 x 375 pixels, cut out of two photographs'}"
-    result = {"machine": describe_machine(torch.device("cpu")), "data": about, "options": args.options, "rows": rows}
-    page = page_of(result)
+        if args.measure == "listing":
+            name, result, page = "listing", *of_listing(args, Path(made))
+        else:
+            name, result, page = "loader", *of_images(args, Path(made))
     print(page)
     if args.write:
-        write_result("loader", result, page, args.results)
+        write_result(name, result, page, args.results)
+
+
+def of_listing(args: argparse.Namespace, made: Path) -> tuple[dict[str, Any], str]:
+    """Measure how empty files are listed. Returns the result, and its page."""
+    options = parse_args(["--data_path", str(made), "--model", "debiformer_tiny", *args.options])
+    found = measure_listing(options, made, args.files, args.processes, args.workers)
+    machine = describe_machine(torch.device("cpu"))
+    page = f"# List of images\n\n{machine_line(machine)}.\n\n{listing_section(found)}"
+    return {"machine": machine, "listing": found}, page
+
+
+def of_images(args: argparse.Namespace, made: Path) -> tuple[dict[str, Any], str]:
+    """Measure how images are loaded. Returns the result, and its page."""
+    if not args.data_path:
+        make_images(made, args.images)
+    common = ["--data_path", args.data_path or str(made), "--num_workers", "0", "--no_repeated_aug"]
+    options = parse_args([*common, "--model", "debiformer_tiny", "--batch_size", "32", *args.options])
+    if options.task != "classification" or options.data_set != "IMNET":
+        raise UsageError("benchmarks.loader measures folders of classified images: leave out --task and --data_set")
+    rows = measure(options, args.images, args.repeats)
+    about = f"{args.images} images of {args.data_path or '500 x 375 pixels, cut out of two photographs'}"
+    result = {"machine": describe_machine(torch.device("cpu")), "data": about, "options": args.options, "rows": rows}
+    return result, page_of(result)
 
 
 if __name__ == "__main__":

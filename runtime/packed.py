@@ -18,10 +18,10 @@ class PackedPaths(Sequence[str]):
         for path in paths:
             text += os.fsencode(path)
             ends.append(len(text))
-        self.text, self.ends = bytes(text), np.array(ends, dtype=np.int64)
+        self.text, self.ends = np.frombuffer(text, np.uint8), np.array(ends, dtype=np.int64)
 
     @classmethod
-    def of(cls, text: bytes, ends: np.ndarray) -> "PackedPaths":
+    def of(cls, text: np.ndarray, ends: np.ndarray) -> "PackedPaths":
         """From the `text` and `ends` of another."""
         packed = cls(())
         packed.text, packed.ends = text, ends
@@ -32,4 +32,4 @@ class PackedPaths(Sequence[str]):
 
     def __getitem__(self, index: int) -> str:
         index = range(len(self))[index]
-        return os.fsdecode(self.text[self.ends[index] : self.ends[index + 1]])
+        return os.fsdecode(bytes(self.text[self.ends[index] : self.ends[index + 1]]))

@@ -42,7 +42,7 @@ class TarFiles:
             if kept is not None and len(index["sizes"]) >= CACHED_FROM:
                 _save(index, kept)
         self.offsets, self.sizes = index["offsets"], index["sizes"]
-        self.names = PackedPaths.of(index["text"].tobytes(), index["ends"])
+        self.names = PackedPaths.of(index["text"], index["ends"])
         self._file: BinaryIO | None = None
 
     def __len__(self) -> int:
@@ -73,7 +73,7 @@ def _scan(path: str, suffixes: Collection[str]) -> dict[str, np.ndarray]:
         raise UsageError(f"{path} is no uncompressed tar archive, or it is damaged ({error})") from error
     names = PackedPaths(name for name, _, _ in members)
     return {
-        "text": np.frombuffer(names.text, np.uint8),
+        "text": names.text,
         "ends": names.ends,
         "offsets": np.array([offset for _, offset, _ in members], np.int64),
         "sizes": np.array([size for _, _, size in members], np.int64),

@@ -38,7 +38,7 @@ def as_array(image):
 
 
 def keyed_images(path, target=0):
-    source = Samples(ImageFiles([(str(path), target)], []), numbers=None)
+    source = Samples(ImageFiles([str(path)], [target], []), numbers=None)
     return Transformed(source, ImageTransform(as_array), seed=0)
 
 

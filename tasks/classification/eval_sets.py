@@ -5,18 +5,21 @@ count. v2 (arXiv 1902.10811): folders 0 to 999. a (arXiv 1907.07174), r (arXiv 2
 the answer is sought among these alone. sketch (arXiv 1905.13549): folders of all synsets.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from timm.data import ImageNetInfo, RealLabelsImagenet
 from torch import Tensor
 
 from runtime.errors import UsageError, listed
+from runtime.packed import PackedPaths
 
-from .sources import ImageFiles, find_images
+from .listing import list_images
+from .sources import ImageFiles
 
 TITLES = {
     "real": "ImageNet-ReaL",
@@ -31,8 +34,10 @@ VALIDATION_IMAGES = 50_000
 class EvalSet(ImageFiles):
     """Images with ImageNet's class numbers. class_subset: the numbers among which the answer is sought; None: all."""
 
-    def __init__(self, samples: Iterable[tuple[str, int]], class_subset: list[int] | None = None) -> None:
-        super().__init__(samples, ImageNetInfo().label_names())
+    def __init__(
+        self, paths: Sequence[str], targets: Sequence[int] | np.ndarray, class_subset: list[int] | None = None
+    ) -> None:
+        super().__init__(paths, targets, ImageNetInfo().label_names())
         self.class_subset = class_subset
 
 
@@ -40,7 +45,7 @@ class RealImages(EvalSet):
     """Images with several right classes each: targets (1000,) float32, of equal shares that sum to 1."""
 
     def __init__(self, samples: list[tuple[str, list[int]]]) -> None:
-        super().__init__((path, number) for number, (path, _) in enumerate(samples))
+        super().__init__(PackedPaths(path for path, _ in samples), range(len(samples)))
         self.labels = [labels for _, labels in samples]
 
     def __getitem__(self, index: int) -> tuple[str, Tensor]:
@@ -88,7 +93,7 @@ def _folders_of_classes(name: str, folder: Path) -> EvalSet:
     if not found or unknown:
         hint = "it has no class folders" if not found else f"{unknown[0]} is no class of it"
         raise UsageError(f"{folder} is not {TITLES[name]}: {hint}; --data_path is the folder that holds n01498041, …")
-    images = EvalSet(find_images(folder, {entry: known[entry] for entry in found}), class_subset)
+    images = EvalSet(*list_images(folder, {entry: known[entry] for entry in found}), class_subset)
     if not len(images):
         raise UsageError(f"{folder}: its class folders hold no images; unpack {TITLES[name]} anew")
     return images

@@ -6,16 +6,16 @@ Each has `classes`, the names of its numbers, and `name_of(index)`.
 import io
 import json
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NoReturn
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 from timm.data import ImageDataset, ImageNetInfo, create_dataset
 from torch.utils.data import Dataset, IterableDataset
 from torchvision import datasets as vision
-from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from models.weights.cache import cache_folder
 from runtime.errors import UsageError, listed
@@ -23,23 +23,16 @@ from runtime.packed import PackedPaths
 from runtime.tar import TarFiles
 
 from .holdout import hold_out
+from .listing import list_images
 from .saved import SEVERAL, SavedImages, import_hugging_face, is_saved, splits_of
 from .streams import Stream
 
 
 class ImageFiles(Dataset):
-    """Images given as (path, class number) pairs. classes: their names."""
+    """Images given by their paths and class numbers. classes: their names."""
 
-    def __init__(self, samples: Iterable[tuple[str, int]], classes: Sequence[str]) -> None:
-        targets: list[int] = []
-
-        def paths() -> Iterator[str]:
-            for path, target in samples:
-                targets.append(target)
-                yield path
-
-        self.paths, self.classes = PackedPaths(paths()), list(classes)
-        self.targets = np.array(targets, np.int64)
+    def __init__(self, paths: Sequence[str], targets: Sequence[int] | np.ndarray, classes: Sequence[str]) -> None:
+        self.paths, self.targets, self.classes = paths, np.asarray(targets, np.int32), list(classes)
 
     def __len__(self) -> int:
         return len(self.targets)
@@ -134,24 +127,13 @@ def image_folder(root: str, split: str) -> ImageFiles:
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     if not classes:
         raise UsageError(f"{folder} has no class folders; put the images in {folder}/CLASS/")
-    images = ImageFiles(find_images(folder, {name: number for number, name in enumerate(classes)}), classes)
+    images = ImageFiles(*list_images(folder, {name: number for number, name in enumerate(classes)}), classes)
     counts = np.bincount(images.targets, minlength=len(classes))
     if not len(images):
         raise UsageError(f"the class folders of {folder} hold no images; fill them")
     if split == "train" and not counts.all():
         raise UsageError(f"class folder {folder / classes[counts.argmin()]} holds no image; fill or remove it")
     return images
-
-
-def find_images(folder: Path, numbers: Mapping[str, int]) -> Iterator[tuple[str, int]]:
-    """The images in the class folders under `folder`, by name, with the numbers of their classes."""
-
-    def fail(error: OSError) -> NoReturn:
-        raise error
-
-    for name, number in sorted(numbers.items()):
-        for inner, _, files in sorted(os.walk(folder / name, onerror=fail, followlinks=True)):
-            yield from ((os.path.join(inner, file), number) for file in sorted(files) if is_image_file(file))
 
 
 def tar_file(root: str, split: str) -> TarImages:
@@ -177,11 +159,10 @@ def inaturalist(root: str, year: int, category: str) -> tuple[ImageFiles, ImageF
         for split in ("train", "val"):
             content = _read_json(Path(root, f"{split}{year}.json"))
             files = {image["id"]: image["file_name"] for image in content["images"]}
-            samples = [
-                (os.path.join(root, files[entry["image_id"]]), number[categories[entry["category_id"]][category]])
-                for entry in content["annotations"]
-            ]
-            parts.append(ImageFiles(samples, classes))
+            entries = content["annotations"]
+            paths = PackedPaths(os.path.join(root, files[entry["image_id"]]) for entry in entries)
+            targets = [number[categories[entry["category_id"]][category]] for entry in entries]
+            parts.append(ImageFiles(paths, targets, classes))
     except (KeyError, TypeError) as error:
         raise UsageError(f"{root}: the annotations are incomplete, they lack {error}; unpack them anew") from error
     return parts[0], parts[1]

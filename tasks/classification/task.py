@@ -1,7 +1,7 @@
 """Classification as the engine sees it."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +15,6 @@ from torch.utils.data import Dataset, IterableDataset
 from models.labels import in_words, labels_of
 from models.pixels import normalize
 from models.weights import count_classes, load_to_finetune
-from runtime.agreement import decide
 from runtime.errors import UsageError
 from runtime.model import build_model, check_model_name, classifiers_of
 from runtime.samplers import REPEATS
@@ -25,6 +24,7 @@ from tasks.base import Batch, Evaluator, Prediction, Sample, Task
 from .distillation import add_answers
 from .eval_sets import TITLES, open_eval_set
 from .evaluator import TopK
+from .listing import decide_listed
 from .losses import DenseLoss, build_loss
 from .options import (
     AugmentationOptions,
@@ -88,7 +88,7 @@ class Classification(Task):
     def _open(self, trained: list[str]) -> tuple[Dataset | None, Dataset]:
         opts = self.opts
         if opts.eval_set != "val":
-            source = decide(lambda: open_eval_set(opts), self.info)
+            (source,) = decide_listed(lambda: (open_eval_set(opts),), self.info)
             if trained and trained != source.classes:
                 raise UsageError(f"--eval_set {opts.eval_set} has ImageNet's 1000 classes, {opts.resume} others")
             self._subset = source.class_subset
@@ -97,7 +97,8 @@ class Classification(Task):
             train, test = open_sources(opts)
         else:
             place = f"--data_path {opts.data_path}"
-            train, test = decide(lambda: read_patiently(lambda: open_sources(opts, self.held_out), place), self.info)
+            choose = partial(read_patiently, lambda: open_sources(opts, self.held_out), place)
+            train, test = decide_listed(choose, self.info)
         return None if opts.eval else train, test
 
     def _numbered(self, source: Dataset) -> Dataset:

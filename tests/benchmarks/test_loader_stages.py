@@ -22,3 +22,12 @@ def test_loader_measures_both_loaders_and_every_stage(tmp_path, capsys):
 def test_loader_measures_folders_of_classified_images_alone():
     with pytest.raises(UsageError, match="leave out --task and --data_set"):
         loader.main(["--images", "1", "--", "--data_set", "DIGITS"])
+
+
+def test_listing_is_measured_from_the_files_to_the_workers(tmp_path, capsys):
+    sizes = ["--files", "2000", "--processes", "2", "--workers", "1"]
+    loader.main(["--measure", "listing", *sizes, "--write", "--results", str(tmp_path)])
+    found = json.loads((tmp_path / "listing-cpu.json").read_text())["listing"]
+    assert found["files"] == 2000
+    assert 0 < found["list in a worker, MB"] < found["worker in all, MB"]
+    assert (tmp_path / "listing-cpu.md").read_text() == capsys.readouterr().out
