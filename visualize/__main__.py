@@ -12,9 +12,9 @@ from tqdm import tqdm
 from runtime.errors import OneLineParser, UsageError, exit_on_error, listed
 from tasks import Prediction
 
-from . import evidence, figures, maps, panels
+from . import evidence, figures, maps, panels, svg
 from .images import image_files, open_image
-from .report import UNTRAINED, Picture, Section, report_html
+from .report import UNTRAINED, Picture, Section, file_picture, panel_picture, report_html
 from .subject import DEFAULT_MODEL, DenseSubject, Subject, load_subject
 
 
@@ -78,8 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             continue
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            view = subject.view(image)
-            write_all(subject, view, path.name, queries_in(view, options), options.evidence, folder)
+            write_all(subject, image, path.name, options, folder)
         except OSError as error:
             raise UsageError(f"cannot write to {folder}: {error.strerror}; choose another --output") from error
         bar.write(f"{folder / 'report.html'}")
@@ -97,11 +96,10 @@ def queries_in(view: Image.Image, options: argparse.Namespace) -> list[panels.Qu
     return [panels.Query(x, y, options.stage, options.block, options.head) for x, y in points]
 
 
-def write_all(
-    subject: Subject, view: Image.Image, name: str, queries: list[panels.Query], evident: bool, folder: Path
-) -> None:
+def write_all(subject: Subject, image: Image.Image, name: str, options: argparse.Namespace, folder: Path) -> None:
     """Everything about what the model sees: PNGs, layers.gif (of the first query) and report.html, into the folder."""
-    picture = np.asarray(view)
+    view = subject.view(image)
+    picture, queries = np.asarray(view), queries_in(view, options)
     capture = subject.capture(view)
     predictions = maps.predictions(capture, subject.classes)
     seen = "".join(f": “{name}” ({100 * share:.0f} %)" for name, share in predictions[:1])
@@ -114,7 +112,7 @@ def write_all(
         sections.append(Section(query.words, _write_panels(shown, capture.size, folder, f"_{query.x}_{query.y}")))
         overview = panels.overview(shown, f"{subject.name}{untrained}{seen}. {query.words}", capture.size)
         overview.savefig(folder / f"overview_{query.x}_{query.y}.png")
-    if evident:
+    if options.evidence:
         best = int(capture.logits.argmax())
         shown = evidence.evidence_panels(subject, view, best)
         sections.append(Section("Class evidence", _write_panels(shown, capture.size, folder)))
@@ -122,7 +120,7 @@ def write_all(
     first, *others = panels.layer_frames(capture, picture, queries[0])
     first.save(folder / "layers.gif", save_all=True, append_images=others, duration=700, loop=0)
     caption = f"What the point {queries[0]} sees in each attention layer, from input to output (mean over the heads)."
-    animation = Picture("Through the layers", caption, (folder / "layers.gif").read_bytes(), "image/gif")
+    animation = file_picture("Through the layers", caption, (folder / "layers.gif").read_bytes(), "gif")
     sections.append(Section("All layers", [animation]))
 
     (folder / "report.html").write_text(
@@ -132,6 +130,7 @@ def write_all(
             predictions,
             sections,
             subject.trained,
+            svg.shared_photo(subject.sharp(image), capture.size),
         ),
         encoding="utf-8",
     )
@@ -140,15 +139,14 @@ def write_all(
 def _drawn(prediction: Prediction, folder: Path) -> Picture:
     data = figures.png_bytes(prediction.picture)
     (folder / "prediction.png").write_bytes(data)
-    return Picture("What the model sees", "; ".join(line.strip() for line in prediction.lines[:5]), data)
+    return file_picture("What the model sees", "; ".join(line.strip() for line in prediction.lines[:5]), data)
 
 
 def _write_panels(shown: list[panels.Panel], size: tuple[int, int], folder: Path, suffix: str = "") -> list[Picture]:
     pictures = []
     for panel in shown:
-        data = figures.png_bytes(figures.render(panel.draw, size))
-        (folder / f"{panel.key}{suffix}.png").write_bytes(data)
-        pictures.append(Picture(panel.title, panel.caption, data))
+        figures.render(panel.draw, size).save(folder / f"{panel.key}{suffix}.png")
+        pictures.append(panel_picture(panel, size))
     return pictures
 
 

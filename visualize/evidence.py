@@ -14,10 +14,10 @@ from torch import nn
 
 from runtime.errors import UsageError
 
-from . import figures
 from .capture import time_limit
 from .images import to_tensor
 from .panels import Panel
+from .shapes import Heat, Scene
 from .subject import Subject
 
 IG_STEPS = 24
@@ -69,21 +69,21 @@ def evidence_panels(subject: Subject, view: Image.Image, class_number: int, seco
         cam = grad_cam(subject.model, image, class_number)
         attribution, error = integrated_gradients(subject.model, image, class_number)
         subject.model.zero_grad(set_to_none=True)
+    strength = np.minimum(np.abs(attribution), np.quantile(np.abs(attribution), 0.995))
     return [
-        _panel("grad_cam", "Grad-CAM", f"Where the last stage's features speak for “{name}”.", picture, cam),
-        _panel(
+        Panel(
+            "grad_cam",
+            "Grad-CAM",
+            f"Where the last stage's features speak for “{name}”.",
+            (Scene(heat=Heat(cam, unit="of the strongest")),),
+            picture,
+        ),
+        Panel(
             "integrated_gradients",
             "Integrated gradients",
-            f"Pixels that raise or lower the logit of “{name}” against a plain grey picture, by their absolute share "
+            f"Pixels that raise or lower the logit of “{name}” against a plain grey picture, by how much, either way "
             f"({IG_STEPS} steps; the sum misses the logits' difference by {abs(error):.2g}).",
+            (Scene(heat=Heat(strength, unit="logits")),),
             picture,
-            np.minimum(np.abs(attribution), np.quantile(np.abs(attribution), 0.995)),
         ),
     ]
-
-
-def _panel(key: str, title: str, caption: str, picture: np.ndarray, density: np.ndarray) -> Panel:
-    def draw(figure: figures.FigureBase) -> None:
-        figures.full_picture(figure, figures.heated(picture, density))
-
-    return Panel(key, title, caption, draw)

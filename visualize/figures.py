@@ -1,4 +1,4 @@
-"""Arrays onto matplotlib axes: full-bleed pictures whose axes are the image's pixels, without any words.
+"""Scenes onto matplotlib axes: full-bleed pictures whose axes are the image's pixels, with a colour bar for heat.
 
 Shapes: picture (height, width, 3) uint8; points (x, y) in pixels. Letters otherwise as in `visualize.capture`.
 """
@@ -7,21 +7,17 @@ import io
 from collections.abc import Callable
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.collections import LineCollection, PatchCollection
+from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure, FigureBase
 from matplotlib.patches import Rectangle
 from PIL import Image
 
-from . import maps
-from .capture import Layer
+from .shapes import Box, Cross, Dot, Heat, Line, Scene, heat_colours, ramp
 
-HEAT = colormaps["inferno"]
-RANKS = colormaps["plasma_r"]
-GROUPS = colormaps["tab10"]
-QUERY = "#00e5ff"
+POINT = 100 / 72
+"""Pixels of a rendered picture per point, in which matplotlib measures marks."""
 
 
 def full_bleed(figure: FigureBase, rows: int = 1, columns: int = 1) -> list[Axes]:
@@ -51,16 +47,9 @@ def png_bytes(image: Image.Image) -> bytes:
 
 
 def dimmed(picture: np.ndarray) -> np.ndarray:
-    """The picture as dark grey, for colours to stand out on: (height, width, 3) floats in 0..1."""
-    grey = picture.astype(np.float64).mean(-1, keepdims=True) / 255
-    return np.repeat(0.08 + 0.42 * grey, 3, axis=-1)
-
-
-def heated(picture: np.ndarray, density: np.ndarray) -> np.ndarray:
-    """A density (height, width) >= 0 over the dimmed picture, brightest where it is greatest: floats in 0..1."""
-    share = density / max(density.max(), np.finfo(np.float64).tiny)
-    opacity = 0.8 * np.sqrt(share)[..., None]
-    return dimmed(picture) * (1 - opacity) + HEAT(share)[..., :3] * opacity
+    """The picture as dark grey, for colours to stand out on: (height, width, 3) uint8."""
+    grey = picture.mean(-1, keepdims=True)
+    return np.repeat(20 + 0.42 * grey, 3, axis=-1).round().astype(np.uint8)
 
 
 def show(axes: Axes, picture: np.ndarray) -> None:
@@ -69,61 +58,42 @@ def show(axes: Axes, picture: np.ndarray) -> None:
     axes.set_autoscale_on(False)
 
 
-def full_picture(figure: FigureBase, picture: np.ndarray) -> Axes:
-    """The picture alone, as large as the figure."""
-    (axes,) = full_bleed(figure)
-    show(axes, picture)
-    return axes
+def draw_scene(axes: Axes, picture: np.ndarray, scene: Scene) -> None:
+    """A scene over the picture, as large as the axes."""
+    show(axes, picture if scene.bright else dimmed(picture))
+    if scene.heat:
+        _draw_heat(axes, scene.heat)
+    for order, shape in enumerate(scene.shapes, start=3):
+        if isinstance(shape, Box):
+            _draw_box(axes, shape, order)
+        elif isinstance(shape, Cross):
+            axes.plot(shape.x, shape.y, "+", color="white", alpha=0.8, zorder=order)
+        elif isinstance(shape, Dot):
+            area = {"s": shape.area / POINT**2, "linewidths": 1 / POINT}
+            axes.scatter(shape.x, shape.y, color=shape.colour, edgecolors=shape.edge, zorder=order, **area)
+    lines = [shape for shape in scene.shapes if isinstance(shape, Line)]
+    ends, colours = [(line.start, line.end) for line in lines], [line.colour for line in lines]
+    axes.add_collection(LineCollection(ends, colors=colours, linewidths=1.1, zorder=3))
 
 
-def mark_query(axes: Axes, point: tuple[int, int]) -> None:
-    axes.scatter(*point, s=70, facecolors=QUERY, edgecolors="black", linewidths=1.5, zorder=5)
+def _draw_heat(axes: Axes, heat: Heat) -> None:
+    rows, columns = heat.values.shape
+    extent = (-0.5, columns * heat.stride - 0.5, rows * heat.stride - 0.5, -0.5)
+    axes.imshow(heat_colours(heat), interpolation="nearest", aspect="auto", extent=extent)
+    axes.add_patch(Rectangle((0.02, 0.02), 0.58, 0.09, transform=axes.transAxes, color="black", alpha=0.7, zorder=900))
+    bar = axes.inset_axes((0.09, 0.045, 0.2, 0.04), zorder=901)
+    bar.imshow(ramp(np.linspace(0, 1, 64))[None], aspect="auto")
+    bar.set_axis_off()
+    for place, words in ((0.04, "0"), (0.3, f"{heat.values.max():.3g} {heat.unit}".rstrip())):
+        looks = {"transform": axes.transAxes, "color": "white", "fontsize": 8, "va": "center", "zorder": 902}
+        axes.text(place, 0.062, words, **looks)
 
 
-def _box(layer: Layer, window: int) -> Rectangle:
-    left, top, right, bottom = maps.window_box(layer, window)
-    return Rectangle((left - 0.5, top - 0.5), right - left, bottom - top)
-
-
-def outline_window(axes: Axes, layer: Layer, window: int) -> None:
-    """The frame of the window that asks."""
-    for colour, width in (("black", 4.5), (QUERY, 2.5)):
-        box = _box(layer, window)
-        box.set(fill=False, edgecolor=colour, linewidth=width, zorder=4)
-        axes.add_patch(box)
-
-
-def draw_ranked_windows(axes: Axes, layer: Layer, window: int, filled: bool = True) -> None:
-    """The windows that `window` reads, coloured (and numbered, if filled) by rank: yellow is the first."""
-    routed = layer.maps.idx[window].tolist()
-    colours = RANKS(np.linspace(0, 1, len(routed)) if len(routed) > 1 else [0.0])
-    boxes = [_box(layer, number) for number in routed]
-    faces = [(*colour[:3], 0.45 if filled else 0) for colour in colours]
-    axes.add_collection(PatchCollection(boxes, facecolors=faces, edgecolors=colours, linewidths=1.5, zorder=3))
-    if filled:
-        for rank, box in enumerate(boxes, start=1):
-            x, y = box.get_x() + box.get_width() / 2, box.get_y() + box.get_height() / 2
-            axes.text(x, y, str(rank), ha="center", va="center", color="white", fontsize=9, zorder=6, clip_on=True)
-    outline_window(axes, layer, window)
-
-
-def draw_agents(axes: Axes, layer: Layer, head: int | None) -> None:
-    """Agents at their positions (area: share of all tokens' attention), arrows from where the grid has them.
-
-    One colour per offset group; a head has the positions of one group, the mean over heads shows all of them.
-    """
-    agents = layer.agents
-    ha, wa = agents.agents
-    start, end = (points.numpy() for points in maps.agent_pixels(layer))  # (ha, wa, g, 2)
-    shares = agents.agent_shares()[:, :ha, :wa].numpy()
-    heads_per_group = agents.num_heads // agents.groups
-    axes.scatter(start[..., 0], start[..., 1], marker="+", s=28, c="white", linewidths=1, alpha=0.8, zorder=3)
-    for group in range(agents.groups) if head is None else [head // heads_per_group]:
-        heads = slice(group * heads_per_group, (group + 1) * heads_per_group) if head is None else slice(head, head + 1)
-        share = shares[heads].mean(0).ravel()
-        begin, stop = start[..., group, :].reshape(-1, 2), end[..., group, :].reshape(-1, 2)
-        colour = GROUPS(group % 10)
-        axes.add_collection(LineCollection(np.stack([begin, stop], 1), colors=[colour], linewidths=1.1, zorder=4))
-        # An agent of average share has an area of 45 square points.
-        area = 45 * share * len(share)
-        axes.scatter(*stop.T, s=area, color=[colour], edgecolors="white", linewidths=0.7, alpha=0.85, zorder=5)
+def _draw_box(axes: Axes, box: Box, order: int) -> None:
+    place, width, height = (box.left, box.top), box.right - box.left, box.bottom - box.top
+    if box.fill:
+        axes.add_patch(Rectangle(place, width, height, facecolor=box.colour, alpha=box.fill, zorder=order))
+    edge = {"fill": False, "edgecolor": box.colour, "linewidth": box.width / POINT}
+    axes.add_patch(Rectangle(place, width, height, zorder=order, **edge))
+    middle = (box.left + width / 2, box.top + height / 2)
+    axes.text(*middle, box.label, ha="center", va="center", color="white", fontsize=9, zorder=order + 1, clip_on=True)

@@ -16,6 +16,7 @@ from models.pixels import Pixels, denormalize, normalize
 
 from . import figures, maps
 from .capture import Capture, Layer, capture, check_readable
+from .shapes import Heat, Scene, agent_shapes
 
 IMAGES = 4
 """Validation images that are watched."""
@@ -108,10 +109,10 @@ def _draw_routing(axes: Axes, picture: np.ndarray, layers: list[Layer]) -> None:
         return
     window_h, window_w = (side // layer.routing.n_win for side in layer.routing.sides)
     tokens = layer.routing.windows_read().double().repeat_interleave(window_h, 0).repeat_interleave(window_w, 1)
-    figures.show(axes, figures.heated(picture, maps.to_pixels(layer, tokens, picture.shape[:2]).numpy()))
+    height, width = layer.maps.tokens
+    times = Heat(tokens[:height, :width].numpy(), layer.stride, "times")
+    figures.draw_scene(axes, picture, Scene(heat=times))
 
 
 def _draw_agents(axes: Axes, picture: np.ndarray, layers: list[Layer]) -> None:
-    figures.show(axes, figures.dimmed(picture))
-    if layers[-1].agents:
-        figures.draw_agents(axes, layers[-1], None)
+    figures.draw_scene(axes, picture, Scene(agent_shapes(layers[-1], None) if layers[-1].agents else ()))

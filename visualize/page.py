@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from html import escape
 from typing import Any
 
 import gradio as gr
@@ -14,27 +13,16 @@ from runtime.errors import UsageError
 
 from . import session
 from .limits import LARGEST_UPLOAD, MOST_WAITING, UploadLimit, limit_waiting
-from .report import UNTRAINED, UNTRAINED_HINT, Picture, figure_html, prediction_rows
-from .session import Answer, Choice, Photo
+from .link import link_to, linked
+from .looks import HEAD, PANELS_SCRIPT, PICTURE_SCRIPT, STAGES_SCRIPT, STYLE, alarm, facts, panels, picture, stages
+from .report import Picture, prediction_rows
+from .session import Choice, Photo
 from .storage import Storage
 from .subject import DEFAULT_MODEL
 
-MEAN, NO_CHECKPOINT, LAST_BLOCK = "mean of all", "none: untrained weights", "last"
-PICTURE_SIDE = 448
-STYLE = """
-.gradio-container { max-width: 80rem !important; margin: 0 auto }
-.panels { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)) }
-.panels figure { margin: 0; border-radius: 0.5rem; overflow: hidden; background: var(--background-fill-secondary) }
-.panels img { display: block; width: 100%; height: auto }
-.panels figcaption { padding: 0.6rem 0.8rem; color: var(--body-text-color) }
-.panels figcaption b { display: block }
-.alarm { border: 3px solid #d3002a; border-radius: 0.5rem; padding: 0.5rem 1rem; color: #d3002a; margin-bottom: 0.5rem }
-.dark .alarm { color: #ff7b8a; border-color: #ff7b8a }
-.alarm strong { display: block; font-size: 2rem; line-height: 1.2; color: inherit }
-.predictions { width: 100%; border-collapse: collapse; color: var(--body-text-color) }
-.predictions td { border: none !important; padding: 0.1rem 0; overflow-wrap: anywhere }
-.predictions td:last-child { text-align: right; white-space: nowrap; padding-left: 1rem }
-"""
+MEAN, NO_CHECKPOINT, LAST_BLOCK = "mean", "none: untrained weights", "last"
+OWN_SCALE, COMMON_SCALE = "each map its own", "one for all"
+EXACT, SMOOTH = "tokens", "smooth"
 
 
 @dataclass(frozen=True)
@@ -44,6 +32,11 @@ class Desk:
     photo: Photo
     choice: Choice
     evidence: tuple[Picture, ...] = ()
+
+    @property
+    def sees(self) -> tuple[Photo, str, str]:
+        """What the photo below the pictures depends on."""
+        return self.photo, self.choice.model, self.choice.checkpoint
 
 
 class Page:
@@ -57,56 +50,55 @@ class Page:
     def __init__(
         self, storage: Storage, model: str = DEFAULT_MODEL, checkpoints: Sequence[str] = (), checkpoint: str = ""
     ) -> None:
-        self.storage = storage
+        self.storage, self.checkpoints = storage, checkpoints
         self.start = Choice(model, checkpoint)
         with gr.Blocks(title="What the attention does", analytics_enabled=False) as self.blocks:
-            self._lay_out(checkpoints)
+            self._lay_out()
             self._connect()
         self.blocks.queue(max_size=MOST_WAITING, api_open=False)
         limit_waiting(self.blocks._queue)
 
     # -- looks
 
-    def _lay_out(self, checkpoints: Sequence[str]) -> None:
+    def _lay_out(self) -> None:
         self.desk = gr.State(None, time_to_live=3600)
-        gr.Markdown("# What the attention does\nPick or drop an image, then click a point of the picture.")
-        self.message = gr.HTML(elem_id="message", visible=False)
+        gr.HTML("<h1>What the attention does</h1>", apply_default_css=False, js_on_load=None)
+        self.facts = own_html("facts")
+        self.message = own_html("message", visible=False)
+        self.photo = own_html("photo-shared")
+        with gr.Row(elem_id="bench"):
+            self.picture = own_html("picture", PICTURE_SCRIPT)
+            self.stages = own_html("stages", STAGES_SCRIPT)
+            with gr.Column(elem_id="answers"):
+                self.panels = own_html("panels", PANELS_SCRIPT)
+                self.ask_evidence = gr.Button("Show class evidence (takes longer)", elem_id="ask-evidence", size="sm")
+                self.evidence = own_html("evidence", PANELS_SCRIPT)
+            with gr.Column(elem_id="settings"):
+                self.predictions = own_html("predictions")
+                self._lay_out_settings()
+
+    def _lay_out_settings(self) -> None:
+        names = list(session.samples())
         with gr.Row():
-            with gr.Column(scale=1, min_width=320):
-                self.picture = gr.Image(
-                    label="The picture",
-                    show_label=False,
-                    type="pil",
-                    format="png",
-                    interactive=False,
-                    buttons=[],
-                    elem_id="picture",
-                )
-                self.point = gr.Textbox(label="Point x,y in pixels", elem_id="point", max_length=20)
-                self.facts = gr.HTML(elem_id="facts")
-                self.download = gr.DownloadButton("Download the report", elem_id="download")
-            with gr.Column(scale=1, min_width=320):
-                names = list(session.samples())
-                self.sample = gr.Radio(names, value=names[0], label="Photographs", elem_id="sample")
-                gr.Markdown("Or an image of yours:")
-                self.upload = gr.File(type="filepath", show_label=False, height=140, elem_id="upload")
-                self.model = gr.Dropdown(list(models.MODEL_NAMES), value=self.start.model, label="Model")
-                self.checkpoint = gr.Dropdown(
-                    [NO_CHECKPOINT, *checkpoints], value=self.start.checkpoint or NO_CHECKPOINT, label="Checkpoint"
-                )
-                self.stage = gr.Radio([1, 2, 3, 4], value=self.start.stage, label="Stage", elem_id="stage")
-                with gr.Row():
-                    self.block = gr.Dropdown([LAST_BLOCK], value=LAST_BLOCK, label="Block", min_width=120)
-                    self.head = gr.Dropdown([MEAN], value=MEAN, label="Head", min_width=120)
-                self.ask_evidence = gr.Button("Show class evidence (takes longer)", elem_id="ask-evidence")
-        self.panels = gr.HTML(elem_id="panels")
-        self.evidence = gr.HTML(elem_id="evidence")
+            self.point = gr.Textbox(label="Point x,y", elem_id="point", max_length=20, min_width=90)
+            self.block = gr.Dropdown([LAST_BLOCK], value=LAST_BLOCK, label="Block", min_width=90)
+            self.head = gr.Dropdown([MEAN], value=MEAN, label="Head", min_width=90)
+        with gr.Row():
+            self.scale = gr.Radio([OWN_SCALE, COMMON_SCALE], value=OWN_SCALE, label="Colour scale", elem_id="scale")
+            self.overlay = gr.Radio([EXACT, SMOOTH], value=EXACT, label="Overlay", elem_id="overlay")
+        self.sample = gr.Radio(names, value=names[0], label="A photograph, or an image of yours", elem_id="sample")
+        self.upload = gr.File(type="filepath", show_label=False, height=120, elem_id="upload")
+        self.model = gr.Dropdown(list(models.MODEL_NAMES), value=self.start.model, label="Model")
+        self.checkpoint = gr.Dropdown(
+            [NO_CHECKPOINT, *self.checkpoints], value=self.start.checkpoint or NO_CHECKPOINT, label="Checkpoint"
+        )
+        self.download = gr.DownloadButton("Download the report", elem_id="download", size="sm")
 
     def _connect(self) -> None:
-        settings = [self.model, self.checkpoint, self.stage, self.block, self.head]
+        settings = [self.model, self.checkpoint, self.block, self.head, self.scale, self.overlay]
         self.shown = [
-            *(self.desk, self.message, self.picture, self.point, self.facts, self.download),
-            *(self.panels, self.evidence, self.sample, self.upload, *settings),
+            *(self.desk, self.message, self.photo, self.picture, self.stages, self.point, self.facts),
+            *(self.predictions, self.download, self.panels, self.evidence, self.sample, self.upload, *settings),
         ]
 
         def on(event: Callable[..., Any], function: Callable[..., Any], inputs: Sequence[Any]) -> None:
@@ -117,7 +109,7 @@ class Page:
                 concurrency_limit=1,
                 concurrency_id="attention",  # one at a time, so that nobody's request takes another's time
                 api_visibility="private",
-                show_progress_on=[self.picture],
+                show_progress_on=[self.ask_evidence],
                 trigger_mode="always_last",
             )
 
@@ -126,18 +118,24 @@ class Page:
         on(self.sample.input, self.pick_sample, [self.sample])
         on(self.upload.upload, self.open_file, [self.upload])
         on(self.picture.select, self.click, [])
+        on(self.stages.select, self.pick_stage, [])
         on(self.point.submit, self.type_point, [self.point])
         on(self.ask_evidence.click, self.show_evidence, [])
-        for component in (self.model, self.checkpoint, self.stage):
-            on(component.input, self.choose, settings[:3])
-        for component in (self.block, self.head):
-            on(component.input, self.refine, settings[3:])
+        for component in (self.model, self.checkpoint):
+            on(component.input, self.choose, settings[:2])
+        for component in settings[2:]:
+            on(component.input, self.refine, settings[2:])
 
     # -- what users do: each returns updates of `shown`
 
     def begin(self, desk: Desk | None, request: gr.Request) -> list[Any]:
-        """A new visitor sees the first sample."""
-        return self._update(desk, request, lambda desk: desk)
+        """A new visitor sees what the page's address asks for, or the first sample."""
+
+        def asked(desk: Desk) -> Desk:
+            photo, choice = linked(request.query_params, self.start, self.checkpoints)
+            return replace(desk, photo=photo, choice=choice)
+
+        return self._update(None, request, asked)
 
     def leave(self, request: gr.Request) -> None:
         self.storage.forget(request.session_hash)
@@ -152,34 +150,49 @@ class Page:
             self.storage.discard(path)
 
     def click(self, desk: Desk, event: gr.EventData, request: gr.Request) -> list[Any]:
-        data, size = event._data, (PICTURE_SIDE, PICTURE_SIDE)  # gr.SelectData fails without a sentence if parts lack
-        return self._update(desk, request, lambda desk: _with(desk, point=session.point_from_click(data, size)))
+        return self._move(desk, request, lambda size: session.point_from_click(event._data, size))
 
     def type_point(self, desk: Desk, text: str, request: gr.Request) -> list[Any]:
-        def moved(desk: Desk) -> Desk:
-            side = session.subject_of(desk.choice).input_size
-            return _with(desk, point=session.point_from_text(text, (side, side)))
+        return self._move(desk, request, lambda size: session.point_from_text(text, size))
 
-        return self._update(desk, request, moved)
+    def pick_stage(self, desk: Desk, event: gr.EventData, request: gr.Request) -> list[Any]:
+        """Another stage has other blocks and heads: back to the last block and to their mean."""
 
-    def choose(self, desk: Desk, model: str, checkpoint: str, stage: int, request: gr.Request) -> list[Any]:
-        """Another model, checkpoint or stage has other blocks and heads: back to the last block and to their mean."""
+        def picked(desk: Desk) -> Desk:
+            return _with(desk, stage=session.stage_from_click(event._data), block=-1, head=None)
+
+        return self._update(desk, request, picked)
+
+    def choose(self, desk: Desk, model: str, checkpoint: str, request: gr.Request) -> list[Any]:
+        """Another model has other blocks and heads, too."""
         file = "" if checkpoint == NO_CHECKPOINT else checkpoint
 
         def chosen(desk: Desk) -> Desk:
-            return self._other(desk, choice=Choice(model, file, stage, point=desk.choice.point))
+            return self._other(desk, choice=replace(desk.choice, model=model, checkpoint=file, block=-1, head=None))
 
         return self._update(desk, request, chosen)
 
-    def refine(self, desk: Desk, block: int | str, head: int | str, request: gr.Request) -> list[Any]:
+    def refine(
+        self, desk: Desk, block: int | str, head: int | str, scale: str, overlay: str, request: gr.Request
+    ) -> list[Any]:
         place = {"block": -1 if block == LAST_BLOCK else block, "head": None if head == MEAN else head}
-        return self._update(desk, request, lambda desk: _with(desk, **place))
+        looks = {"common": scale == COMMON_SCALE, "smooth": overlay == SMOOTH}
+        return self._update(desk, request, lambda desk: _with(desk, **place, **looks))
 
     def show_evidence(self, desk: Desk, request: gr.Request) -> list[Any]:
         def asked(desk: Desk) -> Desk:
             return replace(desk, evidence=tuple(session.evidence_of(desk.photo, desk.choice)))
 
         return self._update(desk, request, asked)
+
+    def _move(
+        self, desk: Desk, request: gr.Request, point: Callable[[tuple[int, int]], tuple[float, float]]
+    ) -> list[Any]:
+        def moved(desk: Desk) -> Desk:
+            side = session.subject_of(desk.choice).input_size
+            return _with(desk, point=point((side, side)))
+
+        return self._update(desk, request, moved)
 
     @staticmethod
     def _other(desk: Desk, **changes: Any) -> Desk:
@@ -190,27 +203,30 @@ class Page:
 
     def _update(self, desk: Desk | None, request: gr.Request, change: Callable[[Desk], Desk]) -> list[Any]:
         """The page for the changed desk; for a mistake, a sentence, and the settings as they were."""
-        desk = desk or Desk(next(iter(session.samples().values())), self.start)  # new, or away for long
+        before = desk or Desk(next(iter(session.samples().values())), self.start)  # new, or away for long
+        message = gr.update(value="", visible=False)
         try:
-            changed = change(desk)
+            changed = change(before)
             found = session.answer(changed.photo, changed.choice)
         except (UsageError, WeightsError) as error:
-            updates = {
-                self.message: gr.update(value=_alarm("", str(error)), visible=True),
-                self.upload: None,
-                **self._settings(desk.choice),
-            }
-            return [updates.get(component, gr.skip()) for component in self.shown]
+            message = gr.update(value=alarm("", str(error)), visible=True)
+            if desk:
+                updates = {self.message: message, self.upload: None, **self._settings(desk.choice)}
+                return [updates.get(component, gr.skip()) for component in self.shown]
+            changed, found = before, session.answer(before.photo, before.choice)
         report = session.report_of(changed.photo, found, list(changed.evidence))
         updates = {
             self.desk: changed,
-            self.message: gr.update(value="", visible=False),
-            self.picture: found.picture,
+            self.message: message,
+            self.photo: gr.skip() if desk and desk.sees == changed.sees else found.photo,
+            self.picture: picture(found, link_to(changed.photo, changed.choice)),
+            self.stages: stages(found.stages, changed.choice.stage),
             self.point: str(found.query),
-            self.facts: _facts(found),
+            self.facts: facts(found.subject),
+            self.predictions: f'<table class="predictions">{prediction_rows(found.predictions)}</table>',
             self.download: str(self.storage.write_report(request.session_hash, report)),
-            self.panels: _panels(found.panels),
-            self.evidence: _panels(changed.evidence),
+            self.panels: panels(found.panels),
+            self.evidence: panels(changed.evidence),
             self.sample: changed.photo.name if changed.photo in session.samples().values() else None,
             self.upload: None,
             **self._settings(changed.choice),
@@ -223,10 +239,16 @@ class Page:
         return {
             self.model: choice.model,
             self.checkpoint: choice.checkpoint or NO_CHECKPOINT,
-            self.stage: choice.stage,
             self.block: _block(choice),
             self.head: _head(choice),
+            self.scale: COMMON_SCALE if choice.common else OWN_SCALE,
+            self.overlay: SMOOTH if choice.smooth else EXACT,
         }
+
+
+def own_html(name: str, script: str | None = None, visible: bool = True) -> gr.HTML:
+    """A part of the page that is styled by `looks` alone. script: what runs once, with the part as `element`."""
+    return gr.HTML(elem_id=name, js_on_load=script, visible=visible, apply_default_css=False)
 
 
 def _with(desk: Desk, **changes: Any) -> Desk:
@@ -240,21 +262,6 @@ def _block(choice: Choice) -> int | str:
 
 def _head(choice: Choice) -> int | str:
     return MEAN if choice.head is None else choice.head
-
-
-def _alarm(heading: str, sentence: str) -> str:
-    strong = f"<strong>{escape(heading)}</strong>" if heading else ""
-    return f'<div class="alarm" role="alert">{strong}{escape(sentence)}</div>'
-
-
-def _facts(found: Answer) -> str:
-    rows = prediction_rows(found.predictions)
-    alarm = "" if found.subject.trained else _alarm(UNTRAINED, UNTRAINED_HINT)
-    return f'{alarm}<p>{escape(found.subject.facts)}</p><table class="predictions">{rows}</table>'
-
-
-def _panels(pictures: Sequence[Picture]) -> str:
-    return f'<div class="panels">{"".join(map(figure_html, pictures))}</div>' if pictures else ""
 
 
 def serve(page: Page, host: str, port: int | None = None, auth: tuple[str, str] | None = None) -> str:
@@ -276,6 +283,7 @@ def serve(page: Page, host: str, port: int | None = None, auth: tuple[str, str] 
             footer_links=[],
             ssr_mode=False,
             css=STYLE,
+            head=HEAD,
             theme=local_theme(),
             app_kwargs={"middleware": [Middleware(UploadLimit, after=page.storage.sweep)]},
         )

@@ -1,7 +1,6 @@
 """The panels about one query: what each shows, in words and as a picture."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -14,18 +13,30 @@ from runtime.errors import UsageError
 
 from . import figures, maps
 from .capture import Capture, Layer
+from .shapes import Dot, Heat, Scene, agent_shapes, attention_heat, query_mark, ranked_windows
 
 AGENTS_SHOWN = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Panel:
-    """key: fit for a file name. draw: onto an empty figure of the picture's shape."""
+    """key: fit for a file name. scenes: one, or up to four in a square, over the picture (height, width, 3) uint8."""
 
     key: str
     title: str
     caption: str
-    draw: Callable[[FigureBase], None]
+    scenes: tuple[Scene, ...]
+    picture: np.ndarray
+
+    @property
+    def heats(self) -> list[Heat]:
+        return [scene.heat for scene in self.scenes if scene.heat]
+
+    def draw(self, figure: FigureBase) -> None:
+        """Onto an empty figure of the picture's shape."""
+        side = 2 if len(self.scenes) > 1 else 1
+        for axes, scene in zip(figures.full_bleed(figure, side, side), self.scenes, strict=False):
+            figures.draw_scene(axes, self.picture, scene)
 
 
 @dataclass(frozen=True)
@@ -69,8 +80,8 @@ def panels_of(capture: Capture, picture: np.ndarray, query: Query) -> list[Panel
         # A block of stage 4 of DeBiFormer has the same attention twice.
         again = number > 1 and bool(layers[0].agents) == bool(layer.agents)
         for panel in kind(layer, picture, query, row, column):
-            title = f"{panel.title}, second attention" if again else panel.title
-            panels.append(Panel(f"{panel.key}_{number}" if again else panel.key, title, panel.caption, panel.draw))
+            second = {"key": f"{panel.key}_{number}", "title": f"{panel.title}, second attention"} if again else {}
+            panels.append(replace(panel, **second))
     return panels
 
 
@@ -85,33 +96,18 @@ def _in_padding(layer: Layer, weights: Tensor) -> str:
     return f" {100 * hidden:.1f} % go to the padding right of and below the picture." if hidden > 5e-4 else ""
 
 
-def _heat(layer: Layer, picture: np.ndarray, weights: Tensor) -> np.ndarray:
-    return figures.heated(picture, maps.to_pixels(layer, weights, picture.shape[:2]).numpy())
-
-
 def _token_panels(layer: Layer, picture: np.ndarray, query: Query, row: int, column: int) -> list[Panel]:
     routing = layer.routing
     window = routing.window_of(row, column) if routing else 0
     weights = maps.over_heads(layer.maps.token_attention(row, column), query.head)
-    point = (query.x, query.y)
-
-    def draw_windows(figure: FigureBase) -> None:
-        axes = figures.full_picture(figure, figures.dimmed(picture))
-        figures.draw_ranked_windows(axes, layer, window)
-        figures.mark_query(axes, point)
-
-    def draw_attention(figure: FigureBase) -> None:
-        axes = figures.full_picture(figure, _heat(layer, picture, weights))
-        if routing:
-            figures.draw_ranked_windows(axes, layer, window, filled=False)
-        figures.mark_query(axes, point)
-
+    mark, read = query_mark((query.x, query.y)), ranked_windows(layer, window, filled=False) if routing else ()
     attention = Panel(
         "token_attention",
         "Token attention",
         f"Where the marked token looks within what it may read ({query.heads}). "
         f"The brightest token gets {_peak(weights)}.{_in_padding(layer, weights)}",
-        draw_attention,
+        (Scene((*read, mark), attention_heat(layer, weights)),),
+        picture,
     )
     if routing is None:
         return [attention]
@@ -121,7 +117,8 @@ def _token_panels(layer: Layer, picture: np.ndarray, query: Query, row: int, col
         "Routed windows",
         f"The window of the marked token (framed) reads {count} of {among} windows. Yellow and 1: the best match; "
         "towards violet: the later ranks.",
-        draw_windows,
+        (Scene((*ranked_windows(layer, window), mark)),),
+        picture,
     )
     return [windows, attention]
 
@@ -136,23 +133,11 @@ def _agent_panels(layer: Layer, picture: np.ndarray, query: Query, row: int, col
     places = [divmod(number, wa) for number in shown.indices.tolist()]
     windows = agents.agent_windows()
     positions = maps.agent_pixels(layer)[1]
-    point = (query.x, query.y)
 
-    def draw_agents(figure: FigureBase) -> None:
-        axes = figures.full_picture(figure, figures.dimmed(picture))
-        figures.draw_agents(axes, layer, query.head)
-
-    def draw_reads(figure: FigureBase) -> None:
-        side = 2 if len(places) > 1 else 1
-        for axes, (a, b) in zip(figures.full_bleed(figure, side, side), places, strict=False):
-            figures.show(axes, _heat(layer, picture, reads[a, b]))
-            figures.draw_ranked_windows(axes, layer, int(windows[a, b]), filled=False)
-            for group in positions[a, b]:
-                axes.scatter(*group.tolist(), s=30, color="white", edgecolors="black", zorder=5)
-
-    def draw_composed(figure: FigureBase) -> None:
-        axes = figures.full_picture(figure, _heat(layer, picture, composed))
-        figures.mark_query(axes, point)
+    def reading(row: int, column: int) -> Scene:
+        dots = [Dot(*place, 60, "#ffffff", "#000000", "the agent") for place in positions[row, column].tolist()]
+        read = ranked_windows(layer, int(windows[row, column]), filled=False)
+        return Scene((*read, *dots), attention_heat(layer, reads[row, column]))
 
     shares = ", ".join(f"{100 * share:.1f} %" for share in shown.values.tolist())
     groups = f", one colour for each of {agents.groups} groups" if agents.groups > 1 else ""
@@ -163,33 +148,46 @@ def _agent_panels(layer: Layer, picture: np.ndarray, query: Query, row: int, col
             f"{ha * wa} agents{groups}: crosses are the reference grid, lines lead to where the agents went, areas are "
             f"the attention that they get from all tokens ({query.heads}). "
             f"{100 * maps.share_stopped(agents):.1f} % were stopped at the picture's edge.",
-            draw_agents,
+            (Scene(agent_shapes(layer, query.head)),),
+            picture,
         ),
         Panel(
             "agent_reads",
             "What agents read",
             f"The agents that the marked token listens to most ({shares} of its attention), each with the "
             f"{agents.idx.shape[1]} of {agents.n_win**2} windows that its own window (framed) reads.",
-            draw_reads,
+            tuple(reading(*place) for place in places),
+            picture,
         ),
         Panel(
             "composed",
             "Token → agents → pixels",
             f"What the marked token sees through all agents: its attention to them ({query.heads}) times theirs. "
             f"The brightest token gets {_peak(composed)}.{_in_padding(layer, composed)}",
-            draw_composed,
+            (Scene((query_mark((query.x, query.y)),), attention_heat(layer, composed)),),
+            picture,
         ),
     ]
 
 
 def picture_panel(picture: np.ndarray, query: Query) -> Panel:
     """What the model sees, with the query marked."""
+    scene = Scene((query_mark((query.x, query.y)),), bright=True)
+    return Panel("picture", "The picture", f"What the model sees; the query is at {query}.", (scene,), picture)
 
-    def draw(figure: FigureBase) -> None:
-        axes = figures.full_picture(figure, picture)
-        figures.mark_query(axes, (query.x, query.y))
 
-    return Panel("picture", "The picture", f"What the model sees; the query is at {query}.", draw)
+def stages_at(capture: Capture, picture: np.ndarray, query: Query) -> dict[int, Panel]:
+    """What the query's token sees through the last attention of each stage's last block (mean over the heads)."""
+    found = {}
+    for stage in capture.depths:
+        layer = capture.block(stage)[-1]
+        weights = maps.over_heads(
+            layer.maps.token_attention(*maps.token_at(layer, capture.size, query.x, query.y)), None
+        )
+        scene = Scene((query_mark((query.x, query.y)),), attention_heat(layer, weights))
+        caption = f"Where the marked token looks in the last block of stage {stage}"
+        found[stage] = Panel(f"stage_{stage}", f"Stage {stage}", caption, (scene,), picture)
+    return found
 
 
 def overview(panels: list[Panel], title: str, size: tuple[int, int], columns: int = 3) -> Figure:
@@ -214,15 +212,16 @@ def layer_frames(capture: Capture, picture: np.ndarray, query: Query, side: int 
         row, column = maps.token_at(layer, capture.size, query.x, query.y)
         weights = maps.over_heads(layer.maps.token_attention(row, column), None)
         name = "through agents" if layer.agents else "in routed windows" if layer.routing else "plain attention"
-        heat = _heat(layer, picture, weights)
+        scene = Scene((query_mark((query.x, query.y)),), attention_heat(layer, weights))
 
-        def draw(figure: FigureBase, heat: np.ndarray = heat, layer: Layer = layer, name: str = name) -> None:
-            axes = figures.full_picture(figure, heat)
-            figures.mark_query(axes, (query.x, query.y))
+        def draw(figure: FigureBase, scene: Scene = scene, layer: Layer = layer, name: str = name) -> None:
+            (axes,) = figures.full_bleed(figure)
+            figures.draw_scene(axes, picture, scene)
             label = f"stage {layer.stage}, block {layer.block}, {layer.name.rsplit('.', 1)[-1]}: {name}"
             axes.text(
-                *(0.02, 0.02, label),
+                *(0.02, 0.98, label),
                 transform=axes.transAxes,
+                va="top",
                 color="white",
                 fontsize=10,
                 bbox={"facecolor": "black", "alpha": 0.7, "linewidth": 0, "pad": 3},

@@ -5,10 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+from . import svg
+from .panels import Panel
+
 UNTRAINED = "UNTRAINED WEIGHTS"
 UNTRAINED_HINT = "Random numbers, not what the model learns: these pictures show the mechanism only."
 
-STYLE = """
+STYLE = (
+    svg.STYLE
+    + """
 :root { color-scheme: light dark; --text: #1c1c1c; --soft: #5b5b5b; --page: #fff; --card: #f2f2f2; --alarm: #b3001b }
 @media (prefers-color-scheme: dark) {
   :root { --text: #ececec; --soft: #a8a8a8; --page: #151515; --card: #232323; --alarm: #ff6b7a }
@@ -28,18 +33,38 @@ figcaption { padding: 0.6rem 0.8rem 0.8rem }
 figcaption b { display: block }
 table { border-collapse: collapse }
 td { padding: 0.15rem 1rem 0.15rem 0 }
-td:last-child { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+th { text-align: left; font-weight: 600 }
+td:last-child, th:last-child { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
+figcaption td, figcaption th { font-size: 0.8rem; padding-top: 0; padding-bottom: 0 }
 """
+)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """data: the bytes of a PNG or GIF file, as `mime` says."""
+    """body: what is shown, as HTML; scale: its colour bar; numbers: its table of values, of what has them."""
 
     title: str
     caption: str
-    data: bytes
-    mime: str = "image/png"
+    body: str
+    scale: str = ""
+    numbers: str = ""
+
+
+def file_picture(title: str, caption: str, data: bytes, kind: str = "png") -> Picture:
+    """A picture from the bytes of a PNG or GIF file."""
+    code = base64.b64encode(data).decode()
+    return Picture(title, caption, f'<img src="data:image/{kind};base64,{code}" alt="{escape(title)}">')
+
+
+def panel_picture(panel: Panel, size: tuple[int, int], density: float | None = None, smooth: bool = False) -> Picture:
+    """A panel over the page's photo, see `svg.scenes_svg`."""
+    body = svg.scenes_svg(panel.scenes, size, f"{panel.title}. {panel.caption}", density, smooth)
+    if not panel.heats:
+        return Picture(panel.title, panel.caption, body)
+    strongest = max(panel.heats, key=lambda heat: heat.density)
+    numbers = svg.largest_values(panel.heats[0])
+    return Picture(panel.title, panel.caption, body, svg.colour_bar(strongest, density), numbers)
 
 
 @dataclass(frozen=True)
@@ -49,10 +74,15 @@ class Section:
 
 
 def report_html(
-    title: str, facts: str, predictions: Sequence[tuple[str, float]], sections: Sequence[Section], trained: bool
+    title: str,
+    facts: str,
+    predictions: Sequence[tuple[str, float]],
+    sections: Sequence[Section],
+    trained: bool,
+    photo: str = "",
 ) -> str:
     """The report. facts: one line on model and weights; predictions: class names and probabilities, best first;
-    none of what is no classifier."""
+    none of what is no classifier. photo: what the panels refer to, see `svg.shared_photo`."""
     rows = prediction_rows(predictions)
     found = f"<h2>Prediction</h2><table>{rows}</table>" if rows else ""
     alarm = "" if trained else f'<p class="alarm"><strong>{UNTRAINED}</strong>{UNTRAINED_HINT}</p>'
@@ -63,7 +93,7 @@ def report_html(
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<title>{escape(title)}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head><body>'
+        f'<title>{escape(title)}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head><body>{photo}'
         f'<h1>{escape(title)}</h1><p class="facts">{escape(facts)}</p>{alarm}'
         f"{found}{body}</body></html>\n"
     )
@@ -75,9 +105,8 @@ def prediction_rows(predictions: Sequence[tuple[str, float]]) -> str:
 
 
 def figure_html(picture: Picture) -> str:
-    data = base64.b64encode(picture.data).decode()
-    title = escape(picture.title)
+    """A picture with its scale and its words."""
     return (
-        f'<figure><img src="data:{picture.mime};base64,{data}" alt="{title}">'
-        f"<figcaption><b>{title}</b>{escape(picture.caption)}</figcaption></figure>"
+        f"<figure>{picture.body}<figcaption><b>{escape(picture.title)}</b>{picture.scale}"
+        f"{escape(picture.caption)}{picture.numbers}</figcaption></figure>"
     )

@@ -13,10 +13,10 @@ from PIL import Image
 
 from runtime.errors import UsageError
 
-from . import evidence, figures, maps, panels
+from . import evidence, maps, panels, svg
 from .capture import Capture
 from .images import open_image
-from .report import Picture, Section, report_html
+from .report import Picture, Section, panel_picture, report_html
 from .subject import Subject, load_classifier
 
 PHOTO_SIDE = 1024
@@ -41,7 +41,10 @@ class Photo:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a user has set. point: (x, y) as fractions of the picture, 0..1; checkpoint "": untrained weights."""
+    """What a user has set. point: (x, y) as fractions of the picture, 0..1; checkpoint "": untrained weights.
+
+    common: one colour scale for all maps of the stage; smooth: maps are drawn without the tokens' edges.
+    """
 
     model: str
     checkpoint: str = ""
@@ -49,18 +52,27 @@ class Choice:
     block: int = -1
     head: int | None = None
     point: tuple[float, float] = (0.5, 0.5)
+    common: bool = False
+    smooth: bool = False
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What the page shows. blocks, heads: how many the chosen stage has; query: the point in pixels of `size`."""
+    """What the page shows. photo: what its pictures refer to; stages: a picture of each, by its number.
+
+    query: the point in pixels of `size`; step: pixels from a token of the stage to the next; blocks, heads: how many
+    the chosen stage has.
+    """
 
     subject: Subject
-    picture: Image.Image
+    photo: str
+    picture: Picture
+    stages: dict[int, Picture]
     panels: list[Picture]
     predictions: list[tuple[str, float]]
     query: panels.Query
     size: tuple[int, int]
+    step: int
     blocks: int
     heads: int
 
@@ -100,6 +112,11 @@ def _subject(model: str, checkpoint: str, changed: int) -> Subject:
 
 
 @lru_cache(maxsize=CAPTURES_KEPT)
+def _shared_photo(subject: Subject, photo: Photo) -> str:
+    return svg.shared_photo(subject.sharp(photo.image), (subject.input_size, subject.input_size))
+
+
+@lru_cache(maxsize=CAPTURES_KEPT)
 def _capture(subject: Subject, photo: Photo) -> tuple[Image.Image, Capture]:
     view = subject.view(photo.image)
     return view, subject.capture(view, SECONDS)
@@ -113,16 +130,22 @@ def answer(photo: Photo, choice: Choice) -> Answer:
     height, width = capture.size
     x, y = (int(part * side // 1) for part, side in zip(choice.point, (width, height), strict=True))
     query = panels.Query(x, y, choice.stage, choice.block, choice.head)
-    shown = panels.panels_of(capture, picture, query)
+    layers = capture.block(choice.stage, choice.block)
+    shown, stages = panels.panels_of(capture, picture, query), panels.stages_at(capture, picture, query)
+    density = max(heat.density for panel in shown for heat in panel.heats) if choice.common else None
+    looks = {"size": capture.size, "smooth": choice.smooth}
     return Answer(
         subject,
-        figures.render(panels.picture_panel(picture, query).draw, capture.size),
-        [drawn(panel, capture.size) for panel in shown],
+        _shared_photo(subject, photo),
+        panel_picture(panels.picture_panel(picture, query), **looks),
+        {stage: panel_picture(panel, **looks) for stage, panel in stages.items()},
+        [panel_picture(panel, density=density, **looks) for panel in shown],
         maps.predictions(capture, subject.classes),
         query,
         capture.size,
+        step=layers[-1].stride,
         blocks=capture.depths[choice.stage],
-        heads=min(layer.maps.num_heads for layer in capture.block(choice.stage, choice.block)),
+        heads=min(layer.maps.num_heads for layer in layers),
     )
 
 
@@ -131,24 +154,20 @@ def evidence_of(photo: Photo, choice: Choice) -> list[Picture]:
     subject = subject_of(choice)
     view, capture = _capture(subject, photo)
     shown = evidence.evidence_panels(subject, view, int(capture.logits.argmax()), EVIDENCE_SECONDS)
-    return [drawn(panel, capture.size) for panel in shown]
-
-
-def drawn(panel: panels.Panel, size: tuple[int, int]) -> Picture:
-    """A panel as a PNG."""
-    return Picture(panel.title, panel.caption, figures.png_bytes(figures.render(panel.draw, size)))
+    return [panel_picture(panel, capture.size) for panel in shown]
 
 
 def report_of(photo: Photo, found: Answer, evident: list[Picture]) -> str:
     """The answer as a self-contained HTML file."""
-    query = found.query
-    picture = Picture("The picture", f"What the model sees; the query is at {query}.", figures.png_bytes(found.picture))
-    sections = [Section(query.words, [picture, *found.panels])]
+    sections = [
+        Section(found.query.words, [found.picture, *found.panels]),
+        Section("All stages", list(found.stages.values())),
+    ]
     if evident:
         sections.append(Section("Class evidence", evident))
     subject = found.subject
     title = f"{photo.name} through {subject.name}"
-    return report_html(title, subject.facts, found.predictions, sections, subject.trained)
+    return report_html(title, subject.facts, found.predictions, sections, subject.trained, found.photo)
 
 
 def point_from_text(text: str, size: tuple[int, int]) -> tuple[float, float]:
@@ -171,3 +190,11 @@ def point_from_click(data: object, size: tuple[int, int]) -> tuple[float, float]
             x, y = (x + 0.5) / size[1], (y + 0.5) / size[0]
             return min(max(x, 0.0), INSIDE), min(max(y, 0.0), INSIDE)
     raise UsageError("a click needs the two coordinates of a pixel; click into the picture, or write X,Y below it")
+
+
+def stage_from_click(data: object) -> int:
+    """The stage that a click names by {"stage": number}. UsageError if it names none."""
+    match data:
+        case {"stage": int() as stage}:
+            return stage
+    raise UsageError("a click needs a stage; choose one of the row above the panels")

@@ -31,6 +31,7 @@ from .images import to_tensor, view_of
 
 DEFAULT_MODEL = "debiformer_tiny"
 MAX_INPUT_SIZE = 512
+MAX_SHARP_SIDE = 768
 MAX_DENSE_SIDE = 1024
 """Pixels of the longer side that are shown of what a detector or segmenter sees."""
 
@@ -60,6 +61,11 @@ class Subject:
     def view(self, image: Image.Image) -> Image.Image:
         """The picture that the model sees of an RGB image."""
         return view_of(image, self.input_size, self.pixels)
+
+    def sharp(self, image: Image.Image) -> Image.Image:
+        """The same cut of the image in the image's own resolution, but no larger than can be shown."""
+        side = math.floor(min(image.size) * min(self.pixels.crop_pct, 1))
+        return view_of(image, max(self.input_size, min(side, MAX_SHARP_SIDE)), self.pixels)
 
     def capture(self, view: Image.Image, seconds: float = math.inf) -> Capture:
         """One forward pass over a view, watched. Several threads may call it; they take turns.
@@ -98,6 +104,9 @@ class DenseSubject(Subject):
         opts = self.task.opts
         size = fitted(image.size[::-1], min(opts.longest, MAX_DENSE_SIDE), opts.shortest)
         return resize(image, list(size))
+
+    def sharp(self, image: Image.Image) -> Image.Image:
+        return self.view(image)
 
     def seen(self, image: Image.Image) -> Prediction:
         """What the whole model says of an image."""

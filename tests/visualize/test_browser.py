@@ -24,7 +24,9 @@ from visualize.page import Page, serve  # noqa: E402
 from visualize.report import UNTRAINED  # noqa: E402
 from visualize.storage import Storage  # noqa: E402
 
-WIDTHS = [1280, 390]
+HEIGHTS = {1280: 900, 390: 844}
+"""Of a screen by its width: a laptop and a phone, in CSS pixels."""
+WIDTHS = list(HEIGHTS)
 SLOW = 60_000
 
 
@@ -46,7 +48,7 @@ def outside():
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory, outside):
-    path = tmp_path_factory.mktemp("run") / "best.pth"
+    path = tmp_path_factory.mktemp("run_with_a_name_that_is_longer_than_a_phone_is_wide") / "best.pth"
     model = timm.create_model("debiformer_nano", num_classes=2)
     content = {"model": model.state_dict(), "args": {"model": "debiformer_nano", "input_size": 64}}
     torch.save({**content, "classes": ["cat", "dog"]}, path)
@@ -78,8 +80,8 @@ def browser():
 class Visit:
     """The page open in a browser, with what went wrong in `complaints` and what was asked elsewhere in `strangers`."""
 
-    def __init__(self, browser, address, width=1280, **context):
-        self.context = browser.new_context(viewport={"width": width, "height": 900}, **context)
+    def __init__(self, browser, address, width=1280, link="", **context):
+        self.context = browser.new_context(viewport={"width": width, "height": HEIGHTS[width]}, **context)
         self.page = self.context.new_page()
         self.page.set_default_timeout(SLOW)
         self.complaints, self.strangers = [], []
@@ -87,7 +89,7 @@ class Visit:
         self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
         self.page.on("request", self.asked)
         self.address = address
-        self.page.goto(address)
+        self.page.goto(f"{address}{link}")
         self.page.wait_for_selector("#panels figure")
         self.settle()
 
@@ -104,7 +106,7 @@ class Visit:
         self.page.evaluate("document.fonts.ready")
 
     def panels(self):
-        return [image.get_attribute("src") for image in self.page.query_selector_all("#panels img")]
+        return self.page.locator("#panels svg").evaluate_all("all => all.map(svg => svg.outerHTML)")
 
     def until_changed(self, before):
         end = time.monotonic() + SLOW / 1000
@@ -166,17 +168,17 @@ def test_from_a_sample_to_the_report(visit, tmp_path):
     one = visit()
     page = one.page
     shown = one.panels()
-    assert len(shown) == 5
+    assert len(shown) == 4 + 4  # one of five panels shows four agents
     assert UNTRAINED in page.inner_text("#facts")
 
     page.click("#sample label:has-text('flower')")
     shown = one.until_changed(shown)
 
-    page.click("#picture img", position={"x": 40, "y": 60})
+    page.click("#picture svg", position={"x": 40, "y": 60})
     shown = one.until_changed(shown)
     assert page.input_value("#point input, #point textarea") != "32,32"
 
-    page.click("#stage label:has-text('1')")
+    page.click("#stages button:has-text('Stage 1')")
     shown = one.until_changed(shown)
 
     with page.expect_download() as download:
@@ -190,9 +192,60 @@ def test_from_a_sample_to_the_report(visit, tmp_path):
     report.goto(path.as_uri())
     assert report.inner_text("h1") == "flower through debiformer_nano"
     assert UNTRAINED in report.inner_text("body")
-    assert report.eval_on_selector_all("img", "all => all.every(i => i.complete && i.naturalWidth > 0)")
-    assert report.locator("figure").count() == 6
+    assert report.locator("figure").count() == 10  # the picture, its five panels, and four stages
     assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_picture_stages_and_panels_are_on_one_screen_after_a_click(visit, page, width):
+    one = visit(width=width, link=f"?checkpoint={page.checkpoints[0]}&stage=2")
+    before = one.panels()
+    one.page.click("#picture svg", position={"x": 40, "y": 60})
+    one.until_changed(before)
+    assert one.page.evaluate("scrollY") == 0
+    needed = {"#picture svg": 1, "#stages button": 4, "#panels figure": 5 if width == 1280 else 2}
+    for selector, count in needed.items():
+        boxes = [part.bounding_box() for part in one.page.locator(selector).all()[:count]]
+        assert len(boxes) == count
+        assert max(box["y"] + 0.9 * box["height"] for box in boxes) <= HEIGHTS[width], selector
+    assert not scrolls_sideways(one.page)
+
+
+def test_link_shows_the_same_again(visit):
+    one = visit()
+    one.page.click("#picture svg", position={"x": 40, "y": 60})
+    shown = one.until_changed(one.panels())
+    one.page.click("#stages button:has-text('Stage 2')")
+    shown = one.until_changed(shown)
+    two = visit(link=one.page.url.removeprefix(one.address))
+    assert two.panels() == shown
+    assert two.page.url == one.page.url
+
+
+def test_keys_move_the_point_by_tokens_and_stay_on_the_picture(visit):
+    one = visit()
+    picture = one.page.get_by_role("application")
+    picture.focus()
+    place = one.page.locator("#point input, #point textarea")
+    moves = {"ArrowRight": "48,32", "ArrowDown": "48,48", "ArrowLeft": "32,48", "ArrowUp": "32,32"}
+    for key, point in moves.items():
+        one.page.keyboard.press(key)
+        playwright.expect(place).to_have_value(point)
+        playwright.expect(picture).to_be_focused()
+    playwright.expect(picture).to_have_accessible_name("The picture; the point is at 32,32. Arrow keys move it.")
+
+
+def test_pointing_at_a_map_shows_its_number(visit):
+    one = visit()
+    map_of = one.page.locator("#panels figure").filter(has_text="Token attention")
+    for cell in map_of.locator("tr:has(td)").all():
+        point, value = (part.text_content() for part in cell.locator("td").all())
+        x, y = (int(part) for part in point.split(","))
+        svg = map_of.locator("svg").bounding_box()
+        one.page.mouse.move(*(svg[edge] + (at + 0.5) / 64 * svg["width"] for edge, at in (("x", x), ("y", y))))
+        words = map_of.locator("output").text_content()
+        assert words.startswith(f"{point}: ")
+        assert float(words.split()[1]) == pytest.approx(float(value.split()[0]), rel=2e-3)
 
 
 def test_nothing_leaves_the_machine(visit, outside):
@@ -212,7 +265,7 @@ def test_trained_checkpoint_can_be_chosen(visit):
     one.page.click("[role=option]:has-text('best.pth')")
     one.until_changed(shown)
     assert UNTRAINED not in one.page.inner_text("#facts")
-    assert "cat" in one.page.inner_text("#facts")
+    assert "cat" in one.page.inner_text("#predictions")
 
 
 def test_mistakes_become_a_sentence_and_the_page_goes_on(visit, tmp_path):
@@ -231,7 +284,7 @@ def test_mistakes_become_a_sentence_and_the_page_goes_on(visit, tmp_path):
     page.wait_for_selector("#message [role=alert]:has-text('64,0 lies outside')")
     assert "Traceback" not in page.inner_text("body")
     assert one.panels() == shown
-    page.click("#picture img", position={"x": 40, "y": 60})
+    page.click("#picture svg", position={"x": 40, "y": 60})
     one.until_changed(shown)
     assert page.locator("#message [role=alert]").count() == 0
 
@@ -242,7 +295,7 @@ def test_two_visitors_do_not_mix(visit):
     before = one.panels()
     two.page.click("#sample label:has-text('flower')")
     flower = two.until_changed(before)
-    one.page.click("#picture img", position={"x": 30, "y": 30})
+    one.page.click("#picture svg", position={"x": 30, "y": 30})
     assert one.until_changed(before) != flower
     assert two.panels() == flower
 

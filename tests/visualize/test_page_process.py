@@ -121,9 +121,7 @@ def test_session_whose_name_is_no_text_is_refused(server):
 
 def test_one_session_cannot_fill_the_queue(server):
     greedy, other = server.visit("greedy"), server.visit("other")
-    answers = [
-        greedy.join("choose", f"biformer_{size}", "none: untrained weights", 3) for size in ("small", "base") * 8
-    ]
+    answers = [greedy.join("choose", f"biformer_{size}", "none: untrained weights") for size in ("small", "base") * 8]
     refused = [answer for answer in answers if answer.status_code == 503]
     assert f"{MOST_WAITING_OF_ONE} requests of yours wait already" in refused[0].text
     assert "<figure>" in other.do("begin")

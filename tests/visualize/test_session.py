@@ -1,12 +1,15 @@
 """The demo page's handlers, called as the page calls them."""
 
 import os
+import re
 import shutil
 import socket
 import time
 from dataclasses import replace
+from html import escape
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import parse_qsl
 
 import pytest
 import timm
@@ -23,7 +26,8 @@ from visualize.report import UNTRAINED
 
 gr = pytest.importorskip("gradio", reason="gradio is an extra")
 from visualize.app import check_address, find_checkpoints, first_subject, main, parser  # noqa: E402
-from visualize.page import MEAN, NO_CHECKPOINT, Desk, Page  # noqa: E402
+from visualize.link import link_to  # noqa: E402
+from visualize.page import COMMON_SCALE, EXACT, MEAN, NO_CHECKPOINT, OWN_SCALE, SMOOTH, Desk, Page  # noqa: E402
 from visualize.storage import Storage  # noqa: E402
 
 NANO = session.Choice("debiformer_nano")
@@ -47,8 +51,9 @@ def page(trained):
 class Visitor:
     """A browser session: keeps its state as the page would, and names what it sees."""
 
-    def __init__(self, page, name="one"):
-        self.page, self.request, self.desk = page, SimpleNamespace(session_hash=name), None
+    def __init__(self, page, name="one", link=""):
+        self.page, self.desk = page, None
+        self.request = SimpleNamespace(session_hash=name, query_params=dict(parse_qsl(link.removeprefix("?"))))
         self.do("begin")
 
     def do(self, event, *values):
@@ -73,6 +78,10 @@ def at(x, y):
     return gr.EventData(None, {"index": [x, y]})
 
 
+def stage(number):
+    return gr.EventData(None, {"stage": number})
+
+
 @pytest.fixture
 def visitor(page):
     return Visitor(page)
@@ -87,25 +96,88 @@ def test_new_visitor_sees_a_photograph_and_that_the_weights_are_untrained(page, 
 
 def test_click_changes_the_panels(visitor):
     before = visitor.panels
-    visitor.do("click", at(10, 440))
+    visitor.do("click", at(1, 62))
     assert visitor.sees[visitor.page.point] == "1,62"
     assert visitor.panels != before
 
 
 def test_settings_change_the_panels_and_offer_what_there_is(page, visitor, trained):
     before = visitor.panels
-    visitor.do("choose", "debiformer_nano", NO_CHECKPOINT, 4)
+    visitor.do("pick_stage", stage(4))
     assert visitor.panels != before
     assert visitor.sees[page.block]["choices"] == ["last", 0]
     assert visitor.sees[page.head]["choices"] == [MEAN, 0, 1, 2, 3]
     before = visitor.panels
-    visitor.do("refine", 0, 3)
+    visitor.do("refine", 0, 3, OWN_SCALE, EXACT)
     assert visitor.panels != before
     assert visitor.desk.choice.head == 3
-    visitor.do("choose", "debiformer_nano", trained, 3)
+    visitor.do("choose", "debiformer_nano", trained)
     assert UNTRAINED not in visitor.sees[page.facts]
-    assert "cat" in visitor.sees[page.facts]
+    assert "cat" in visitor.sees[page.predictions]
     assert visitor.desk.choice.head is None
+
+
+def test_all_stages_are_shown_and_one_is_chosen(page, visitor):
+    strip = visitor.do("pick_stage", stage(2)).sees[page.stages]
+    assert strip.count("<button") == 4
+    assert strip.count("<svg") == 4
+    assert 'data-stage="2" aria-pressed="true"' in strip
+    assert strip.count('aria-pressed="true"') == 1
+
+
+def test_common_scale_ends_the_colour_bars_of_all_panels_at_the_greatest_value(visitor):
+    own = scale_ends(visitor.panels)
+    visitor.do("refine", "last", MEAN, COMMON_SCALE, EXACT)
+    assert len(set(own)) == 3
+    assert scale_ends(visitor.panels) == [max(own)] * 3
+
+
+def scale_ends(part):
+    """What stands at the right ends of the colour bars, in percent."""
+    return [float(end) for end in re.findall(r"</i><span>([\d.]+) %", part)]
+
+
+def test_overlay_is_drawn_with_the_edges_of_tokens_or_without(visitor):
+    assert "image-rendering: auto" not in visitor.panels
+    visitor.do("refine", "last", MEAN, OWN_SCALE, SMOOTH)
+    assert "image-rendering: pixelated" not in visitor.panels
+
+
+def test_photo_is_sent_once(page, visitor):
+    photo = visitor.sees[page.photo]
+    assert photo.count("data:image/jpeg") == 2
+    visitor.do("click", at(3, 3))
+    assert visitor.sees[page.photo] == gr.skip()
+    assert visitor.do("pick_sample", "flower").sees[page.photo] != photo
+
+
+def test_link_restores_what_was_shown(page, trained, visitor):
+    visitor.do("pick_sample", "flower").do("choose", "debiformer_nano", trained).do("pick_stage", stage(2))
+    visitor.do("refine", 0, 1, COMMON_SCALE, SMOOTH).do("click", at(7, 30))
+    link = link_to(visitor.desk.photo, visitor.desk.choice)
+    other = Visitor(page, "two", link)
+    assert other.message == ""
+    assert other.panels == visitor.panels
+    assert other.sees[page.picture] == visitor.sees[page.picture]
+    assert escape(link) in other.sees[page.picture]
+
+
+@pytest.mark.parametrize(
+    ("link", "words"),
+    [
+        ("?photo=mine", "; there are china, flower"),
+        ("?checkpoint=/etc/passwd", "a checkpoint that is not on offer: /etc/passwd"),
+        ("?model=debiformer_huge", "did you mean debiformer"),
+        ("?point=nan,0", "have to be numbers"),
+        ("?point=1", "have to be numbers"),
+        ("?stage=third", "have to be numbers"),
+        ("?stage=9", "no stage 9"),
+    ],
+)
+def test_link_to_what_does_not_exist_shows_a_sentence_above_the_first_photograph(page, link, words):
+    visitor = Visitor(page, "lost", link)
+    assert words in visitor.message
+    assert visitor.panels == Visitor(page).panels
 
 
 def test_report_is_the_visitors_own(page, visitor):
@@ -120,14 +192,14 @@ def test_report_is_the_visitors_own(page, visitor):
 
 def test_visitors_do_not_mix(page):
     """Interleaved with another visitor, one sees what it sees alone."""
-    steps = [("pick_sample", "flower"), ("choose", "debiformer_nano", NO_CHECKPOINT, 2), ("refine", 0, 1)]
+    steps = [("pick_sample", "flower"), ("pick_stage", stage(2)), ("refine", 0, 1, COMMON_SCALE, SMOOTH)]
     alone = Visitor(page, "alone")
     for step in steps:
         alone.do(*step)
     one, two = Visitor(page, "one"), Visitor(page, "two")
     for step in steps:
         one.do(*step)
-        two.do("click", at(len(step) * 40, 7)).do("choose", "biformer_tiny", NO_CHECKPOINT, 1)
+        two.do("click", at(len(step) * 40, 7)).do("choose", "biformer_tiny", NO_CHECKPOINT)
     assert one.panels == alone.panels
     assert two.panels != alone.panels
     assert two.desk.photo.name == "china"
@@ -178,11 +250,12 @@ def test_unusual_uploads_are_shown(visitor, tmp_path, name):
         ("click", [gr.EventData(None, {"index": "12"})], "a click needs the two coordinates"),
         ("click", [gr.EventData(None, {})], "a click needs the two coordinates"),
         ("click", [gr.EventData(None, None)], "a click needs the two coordinates"),
-        ("choose", ["debiformer_nano", NO_CHECKPOINT, 7], "no stage 7"),
-        ("choose", ["resnet18", NO_CHECKPOINT, 3], "resnet18 has no routing"),
-        ("choose", ["debiformer_nano", "/etc/passwd", 3], "is not a checkpoint"),
-        ("refine", [9, MEAN], "no block 9"),
-        ("refine", [0, 99], "no head 99"),
+        ("pick_stage", [stage(7)], "no stage 7"),
+        ("pick_stage", [stage("3")], "a click needs a stage"),
+        ("choose", ["resnet18", NO_CHECKPOINT], "resnet18 has no routing"),
+        ("choose", ["debiformer_nano", "/etc/passwd"], "is not a checkpoint"),
+        ("refine", [9, MEAN, OWN_SCALE, EXACT], "no block 9"),
+        ("refine", [0, 99, OWN_SCALE, EXACT], "no head 99"),
     ],
 )
 def test_what_does_not_exist_gets_a_sentence_and_nothing_changes(page, visitor, event, values, words):
@@ -190,11 +263,11 @@ def test_what_does_not_exist_gets_a_sentence_and_nothing_changes(page, visitor, 
     visitor.do(event, *values)
     assert words in visitor.message
     assert visitor.desk is desk
-    assert visitor.sees[page.stage] == 3
+    assert visitor.sees[page.model] == "debiformer_nano"
 
 
 def test_checkpoint_of_another_model_gets_a_sentence(visitor, trained):
-    visitor.do("choose", "biformer_tiny", trained, 3)
+    visitor.do("choose", "biformer_tiny", trained)
     assert "is of debiformer_nano, not of biformer_tiny" in visitor.message
     assert visitor.sees[visitor.page.model] == "debiformer_nano"
 

@@ -17,7 +17,7 @@ import models  # noqa: F401
 from models.weights import WeightsError
 from runtime.errors import UsageError, exit_on_error
 from visualize.__main__ import main
-from visualize.report import UNTRAINED, Picture, Section, report_html
+from visualize.report import UNTRAINED, Section, file_picture, report_html
 from visualize.subject import load_subject
 
 
@@ -65,7 +65,7 @@ def test_what_is_written_for_one_image(trained, photo, tmp_path, capsys):
 
     report = (folder / "report.html").read_text()
     assert len(re.findall("<figure>", report)) == 2 * 6 + 1
-    assert all(reference.startswith("data:") for reference in References(report).found)
+    assert all(reference.startswith(("data:", "#photo")) for reference in References(report).found)
     assert "http" not in report.replace('http-equiv="', "")
     assert "prefers-color-scheme: dark" in report
     assert "width=device-width" in report
@@ -195,7 +195,9 @@ def test_command_runs_in_a_shell(trained, photo, tmp_path):
 
 def test_reports_escape_what_they_are_given():
     nasty = '"><script>alert(1)</script>'
-    report = report_html(nasty, nasty, [(nasty, 0.5)], [Section(nasty, [Picture(nasty, nasty, b"x")])], trained=False)
+    report = report_html(
+        nasty, nasty, [(nasty, 0.5)], [Section(nasty, [file_picture(nasty, nasty, b"x")])], trained=False
+    )
     assert "<script" not in report
 
 
