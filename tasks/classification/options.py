@@ -14,6 +14,12 @@ class AugmentationOptions:
 
     color_jitter: float | None = option(0.4, "colour jitter, used where --aa is off", at_least=0)
     aa: str | None = option("rand-m9-mstd0.5-inc1", "AutoAugment or RandAugment policy; null or none: off")
+    augment_on: str = option(
+        "worker",
+        "what flips images and does what --aa draws: the loader's workers, or the device, in batches; random numbers "
+        "are the same, pixels differ by roundings, and by 0.3 of 255 on average where an image is turned or shifted",
+        choices=("worker", "device"),
+    )
     smoothing: float = option(0.1, "label smoothing", at_least=0, below=1)
     train_interpolation: str = option("bicubic", "resizing in training", choices=("random", "bilinear", "bicubic"))
     scale: list[float] = option(

@@ -21,6 +21,7 @@ from runtime.samplers import REPEATS
 from runtime.storage import read_patiently
 from tasks.base import Batch, Evaluator, Prediction, Sample, Task
 
+from .augmentation import DrawnTransform, augment, grouped
 from .distillation import add_answers
 from .eval_sets import TITLES, open_eval_set
 from .evaluator import TopK
@@ -65,7 +66,7 @@ class Classification(Task):
             return
         if lessons_of(self.opts):
             check_model_name(self.opts.teacher_model, "--teacher_model")
-        train_transform(self.opts)
+        self.transform(train=True)
 
     # -- data
 
@@ -109,11 +110,21 @@ class Classification(Task):
         return Samples(source, numbers)
 
     def transform(self, train: bool) -> Callable[[Sample], Sample]:
-        return ImageTransform(train_transform(self.opts) if train else eval_transform(self.opts))
+        if not train:
+            return ImageTransform(eval_transform(self.opts))
+        transform = train_transform(self.opts)
+        if self.opts.augment_on == "device":
+            return DrawnTransform(transform, self.opts.aa, self.opts.input_size)
+        return ImageTransform(transform)
 
     def collate(self, samples: list[Sample]) -> Batch:
+        drawn = {}
+        if "steps" in samples[0]:
+            flips, steps = ([sample[name] for sample in samples] for name in ("flip", "steps"))
+            drawn = {"drawn": grouped(flips, steps)}
+            samples = [{name: sample[name] for name in sample if name not in ("flip", "steps")} for sample in samples]
         batch = super().collate(samples)
-        return {"images": batch.pop("images"), "targets": batch.pop("target"), **batch}
+        return {"images": batch.pop("images"), "targets": batch.pop("target"), **batch, **drawn}
 
     def order(self) -> dict[str, Any]:
         return {"data_set": self.opts.data_set, "repeated_aug": self.opts.repeated_aug}
@@ -142,7 +153,10 @@ class Classification(Task):
     # -- training and evaluation
 
     def preprocess(self, batch: Batch, train: bool) -> Batch:
-        images, targets = normalize(batch["images"], self.pixels), batch["targets"]
+        images, targets = batch["images"], batch["targets"]
+        if "drawn" in batch:
+            images = augment(images, batch["drawn"])
+        images = normalize(images, self.pixels)
         if train:
             if self._erase is not None:
                 images = self._erase(images)

@@ -65,6 +65,8 @@ def check_token_labeling(options: Any) -> None:
         raise UsageError("--tl_cls_weight 0 and --tl_dense_weight 0 leave nothing to learn")
     if options.input_size % STRIDE:
         raise UsageError(f"--input_size {options.input_size}: tokens fill an image of a multiple of {STRIDE} pixels")
+    if options.augment_on == "device":
+        raise UsageError("--augment_on device goes with --task classification alone; leave it out")
     if options.finetune_eval_mode:
         raise UsageError("--finetune_eval_mode goes with --task classification alone; leave it out")
 

@@ -4,7 +4,6 @@ Places are given in fractions of an image, (x, y) from its top left corner; a ma
 cell (row, column) the part from column/W to (column+1)/W and row/H to (row+1)/H.
 """
 
-import math
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,8 @@ from torchvision.ops import roi_align
 from torchvision.transforms import Compose, RandomHorizontalFlip
 
 from runtime.errors import UsageError
+from tasks.classification.augmentation import IDENTITY, MOVES, move
 from tasks.classification.transforms import RandomCrop
-
-IDENTITY = ((1.0, 0.0, 0.0), (0.0, 1.0, 0.0))
 
 
 class RecordedCrop(RandomCrop):
@@ -48,27 +46,6 @@ class RecordedMove:
     def __call__(self, img: Any, amount: float, **kwargs: Any) -> Any:
         self.log.append(move(self.name, amount, img.size))
         return self.function(img, amount, **kwargs)
-
-
-MOVES = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "TranslateYRel")
-
-
-def move(name: str, amount: float, size: tuple[int, int]) -> tuple[tuple[float, ...], ...]:
-    """The affine map ((a, b, c), (d, e, f)) from a place in a square operation's output to that in its input.
-
-    amount: degrees against the clock, a shear, or how far the content moves to the left or up, in pixels or (Rel) as a
-    part of the image.
-    """
-    if name == "Rotate":
-        cos, sin = math.cos(math.radians(amount)), math.sin(math.radians(amount))
-        return (cos, -sin, 0.5 - 0.5 * (cos - sin)), (sin, cos, 0.5 - 0.5 * (sin + cos))
-    along = 0 if "X" in name else 1
-    rows = [list(row) for row in IDENTITY]
-    if name.startswith("Shear"):
-        rows[along][1 - along] = amount
-    else:
-        rows[along][2] = amount if name.endswith("Rel") else amount / size[along]
-    return tuple(rows[0]), tuple(rows[1])
 
 
 class MapTransform:

@@ -10,9 +10,10 @@ from PIL import Image
 from support import complaint
 from timm.data.auto_augment import RandAugment
 
+from tasks.classification.augmentation import MOVES
 from tasks.classification.transforms import train_transform
 from tasks.options import parse_args
-from tasks.token_labeling.transform import MOVES, MapTransform, crop_maps, dense_map
+from tasks.token_labeling.transform import MapTransform, crop_maps, dense_map
 from utils import seeded
 
 
