@@ -19,7 +19,7 @@ import models
 import utils
 from engine import Precision, Run, TrainStep, evaluate, unwrapped
 from models.labels import class_names
-from models.weights import WeightsError, load_checkpoint, load_for_inference, options_of, weights_of
+from models.weights import AUXILIARY, WeightsError, load_checkpoint, load_for_inference, options_of, weights_of
 from models.weights.releases import Places, find_release
 from optim_factory import build_ema, build_optimizer, build_scheduler, check_training, training_notes
 from runtime.agreement import decide
@@ -67,9 +67,10 @@ def evaluate_only(options: Options, task: Task) -> dict[str, Any]:
     model = task.build_model()
     path = release_of(options, model) if options.load_release else options.resume
     if path:
-        content, auxiliary = content or load_checkpoint(path), hasattr(model, "auxiliary")
-        weights = weights_of(content, path, options.use_ema, auxiliary)
-        load_for_inference(model, weights, path, resample=True)
+        content, known = content or load_checkpoint(path), set(model.state_dict())
+        weights = weights_of(content, path, options.use_ema, auxiliary=True)
+        used = {name: value for name, value in weights.items() if name in known or not name.startswith(AUXILIARY)}
+        load_for_inference(model, used, path, resample=True)
     if task.info.is_main:
         lines = task.notes(options_of(content), trained) if options.resume else []
         for line in inert_notes(options) + lines:

@@ -152,13 +152,15 @@ def shares(cells: int, places: int) -> Tensor:
     return (weights / weights.sum(1, keepdim=True)).float()
 
 
-def feature_distance(answers: Tensor, maps: Tensor, kind: str) -> Tensor:
+def feature_distance(answers: Tensor, maps: Tensor, kind: str, shares: Tensor | float = 1.0) -> Tensor:
     """The mean distance of answers (B, H, W, C) from a teacher's maps (B, C, h, w) at the same places.
 
     kind: of --distill_feature_loss; smooth_l1 is that of feature distillation (Wei et al., arXiv 2205.14141, 3.2),
-    which takes out the scale of the teacher's features.
+    which takes out the scale of the teacher's features. shares: what each place counts for, (B, H, W).
     """
     answers, wanted = answers.float(), resized(maps, answers.shape[1:3]).movedim(1, -1)
     if kind == "cosine":
-        return (1 - F.cosine_similarity(answers, wanted, dim=-1)).mean()
-    return F.smooth_l1_loss(answers, F.layer_norm(wanted, wanted.shape[-1:]))
+        distances = 1 - F.cosine_similarity(answers, wanted, dim=-1)
+    else:
+        distances = F.smooth_l1_loss(answers, F.layer_norm(wanted, wanted.shape[-1:]), reduction="none").mean(-1)
+    return (distances * shares).mean()

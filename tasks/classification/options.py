@@ -88,6 +88,10 @@ def check_mixing(options: Any) -> None:
         raise UsageError(f"mixup and CutMix pair images: --batch_size must be even, not {options.batch_size}")
 
 
+HOW_FAR = (
+    "cosine, 1 - the cosine of the angle at each place; smooth_l1, from the teacher's with mean 0 and deviation 1 at "
+    "each place"
+)
 LOGITS, TOKENS, FEATURES = LESSONS = ("logits", "tokens", "features")
 """What a teacher may teach: its answer for the image, its answers for each place, its maps."""
 
@@ -115,10 +119,7 @@ class DistillationOptions:
     distillation_tau: float = option(1.0, "temperature of soft distillation", above=0)
     distill_dense_weight: float = option(1.0, "weight of the loss of tokens, and of that of features", above=0)
     distill_feature_loss: str = option(
-        "cosine",
-        "how far features are from the teacher's: cosine, 1 - the cosine of the angle at each place; smooth_l1, from "
-        "the teacher's with mean 0 and deviation 1 at each place",
-        choices=("cosine", "smooth_l1"),
+        "cosine", f"how far features are from the teacher's: {HOW_FAR}", choices=("cosine", "smooth_l1")
     )
 
 

@@ -1,16 +1,18 @@
-"""Label maps: what a teacher says about every place of every image of a data set, stored once.
+"""Maps: what a teacher says about every place of every image of a data set, stored once.
 
 A folder of maps holds `index.json` and shards of many images each. A shard is a safetensors file with "values", the
 logarithms of the likeliest classes' probabilities, (images, k, H, W) float16; "indices", these classes' numbers, int16
-or int32; "names", the images' names, each with a line break after it, as bytes. A map is of the whole image, whatever
-its proportions.
+or int32; "features", (images, d, H, W) int8, components by the folder's basis (`features.Basis`); "names", the images'
+names, each with a line break after it, as bytes. Either of labels and features may be left out. A map is of the whole
+image, whatever its proportions.
 """
 
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -23,18 +25,21 @@ from torch import Tensor
 from runtime.errors import TemporaryFailure, UsageError
 from runtime.storage import read_patiently
 
+from .features import BASIS, Basis, read_basis
+
 INDEX = "index.json"
 SHARD = "shard-{:05d}.safetensors"
 COMMAND = "python -m tasks.token_labeling.generate"
 Map = dict[str, Tensor]
-"""Of one image: "values" (k, H, W) float16 and "indices" (k, H, W) int16 or int32."""
+"""Of one image: "values" (k, H, W) float16, "indices" (k, H, W) int16 or int32, "features" (d, H, W) int8."""
 
 
 @dataclass
 class Index:
     """What a folder of maps is of. names: `hash_of` the images' names; shards: SHA-256 by file name, once complete.
 
-    grid: rows and columns of a map; side: of the square that images were squashed to, in pixels.
+    grid: rows and columns of a map; side: of the square that images were squashed to, in pixels. labels: whether they
+    say classes; basis: the SHA-256 of that of their features, empty without features.
     """
 
     teacher: str
@@ -46,11 +51,21 @@ class Index:
     side: int
     shard_size: int
     shards: dict[str, str]
+    labels: bool = True
+    basis: str = ""
 
     @property
     def job(self) -> str:
         """A hash of everything that was asked for; shards of one folder share it."""
-        return hash_of([json.dumps({**asdict(self), "shards": {}})])
+        asked = {**asdict(self), "shards": {}}
+        if self.labels and not self.basis:  # as in folders from before there were features
+            del asked["labels"], asked["basis"]
+        return hash_of([json.dumps(asked)])
+
+    @property
+    def parts(self) -> list[str]:
+        """What the shards hold of each image."""
+        return ["values", "indices"] * self.labels + ["features"] * bool(self.basis)
 
     def numbers(self, shard: int) -> range:
         """The numbers of the images in a shard."""
@@ -81,11 +96,11 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise UsageError(f"cannot write {path}: {error}") from error
 
 
-def write_shard(path: Path, values: Tensor, indices: Tensor, names: Sequence[str], job: str) -> None:
-    """Write the maps (n, k, H, W) of images with these names."""
+def write_shard(path: Path, maps: Mapping[str, Tensor], names: Sequence[str], job: str) -> None:
+    """Write the maps of images with these names, each part (n, ..., H, W)."""
     text = torch.frombuffer(bytearray(b"".join(os.fsencode(name) + b"\n" for name in names)), dtype=torch.uint8)
-    tensors = {"values": values.contiguous(), "indices": indices.contiguous(), "names": text}
-    write_atomically(path, save(tensors, {"job": job}))
+    tensors = {name: values.contiguous() for name, values in maps.items()}
+    write_atomically(path, save({**tensors, "names": text}, {"job": job}))
 
 
 def is_complete(path: Path, index: Index) -> bool:
@@ -122,6 +137,16 @@ class ShardedMaps:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "opened": {}}
 
+    @property
+    def labels(self) -> bool:
+        """Whether they say classes."""
+        return self.index.labels
+
+    @cached_property
+    def basis(self) -> Basis | None:
+        """That of their features; None without features. UsageError if it is missing or damaged."""
+        return read_basis(self.folder)[0] if self.index.basis else None
+
     def read(self, number: int, name: str) -> Map:
         """Return the map of an image."""
         shard, place = divmod(number, self.index.shard_size)
@@ -130,13 +155,15 @@ class ShardedMaps:
             if shard not in self.opened:
                 self.opened[shard] = safe_open(self.folder / SHARD.format(shard), "pt")
             file = self.opened[shard]
-            return {name: file.get_slice(name)[place] for name in ("values", "indices")}
+            return {part: file.get_slice(part)[place] for part in self.index.parts}
 
         return read_patiently(read, f"maps of {name}")
 
     def check(self, names: Iterable[str]) -> None:
         """Compare with the names of the images to train on, and every shard with its checksum."""
         names = list(names)
+        if self.index.basis and checksum(self.folder / BASIS) != self.index.basis:
+            raise UsageError(f"--tl_maps {self.folder}: {BASIS} is missing or damaged; remove the folder's maps")
         damaged = self.damaged()
         if damaged:
             raise UsageError(
@@ -170,6 +197,8 @@ class ShardedMaps:
 
 class PublishedMaps:
     """Maps as the paper's authors published them: CLASS/IMAGE.pt, (2, k, H, W) float16 of logits and class numbers."""
+
+    labels, basis = True, None
 
     def __init__(self, folder: Path, num_classes: int) -> None:
         self.folder, self.num_classes = folder, num_classes

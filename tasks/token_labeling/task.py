@@ -16,13 +16,14 @@ from runtime.errors import UsageError
 from runtime.model import build_model
 from runtime.options import option
 from tasks.base import Batch, Sample
+from tasks.classification.distillation import feature_distance
 from tasks.classification.losses import soft_cross_entropy
-from tasks.classification.options import AugmentationOptions, DataOptions, check_data
+from tasks.classification.options import FEATURES, HOW_FAR, TOKENS, AugmentationOptions, DataOptions, check_data
 from tasks.classification.sources import name_in, names_in
 from tasks.classification.task import Classification
 from tasks.classification.transforms import train_transform
 
-from .maps import PublishedMaps, ShardedMaps, open_maps
+from .maps import COMMAND, PublishedMaps, ShardedMaps, open_maps
 from .model import add_auxiliary, token_grids
 from .transform import MapTransform, crop_maps, dense_map
 
@@ -40,6 +41,12 @@ class TokenLabelingOptions:
     tl_maps: str = option("", "folder of label maps (`python -m tasks.token_labeling.generate`), or the published ones")
     tl_cls_weight: float = option(1.0, "weight of the loss of the image's class", at_least=0)
     tl_dense_weight: float = option(0.5, "weight of the mean loss of the tokens' classes", at_least=0)
+    tl_feature_weight: float = option(
+        0.0, "weight of the mean loss of the tokens' features, which the maps must hold", at_least=0
+    )
+    tl_feature_loss: str = option(
+        "cosine", f"how far features are from the teacher's: {HOW_FAR}", choices=("cosine", "smooth_l1")
+    )
     tl_target: str = option(
         "map",
         "target of the image's class: the mean of its part of the map; the smoothed label; or a blend, of which the "
@@ -61,7 +68,7 @@ def check_token_labeling(options: Any) -> None:
         return
     if not options.tl_maps:
         raise UsageError("--task token_labeling needs --tl_maps; python -m tasks.token_labeling.generate makes them")
-    if not options.tl_cls_weight + options.tl_dense_weight:
+    if not options.tl_cls_weight + options.tl_dense_weight + options.tl_feature_weight:
         raise UsageError("--tl_cls_weight 0 and --tl_dense_weight 0 leave nothing to learn")
     if options.input_size % STRIDE:
         raise UsageError(f"--input_size {options.input_size}: tokens fill an image of a multiple of {STRIDE} pixels")
@@ -93,6 +100,7 @@ class TokenLabeling(Classification):
     options = (DataOptions, AugmentationOptions, TokenLabelingOptions)
     checks = (check_token_labeling, check_data)
     _mixup = None
+    maps: ShardedMaps | PublishedMaps
 
     def check(self) -> None:
         if not self.opts.eval:
@@ -107,6 +115,8 @@ class TokenLabeling(Classification):
             raise UsageError(f"--data_set {opts.data_set} is a stream, whose images have no maps; use files or TAR")
         names = names_in(train, opts.data_path)
         maps = decide(lambda: open_maps(opts.tl_maps, names, self.classes, self.num_classes), self.info)
+        check_parts(opts, maps)
+        self.maps = maps
         return Mapped(train, maps, opts.data_path), test
 
     def transform(self, train: bool) -> Callable[[Sample], Sample]:
@@ -121,9 +131,18 @@ class TokenLabeling(Classification):
     def build_model(self) -> nn.Module:
         opts, model = self.opts, build_model(self.opts, self.num_classes)
         if not opts.eval or opts.tl_eval_blend:
-            add_auxiliary(model, self.num_classes, opts.tl_stage3, opts.tl_eval_blend)
+            add_auxiliary(model, self._widths(), opts.tl_stage3, opts.tl_eval_blend)
             self.grids = token_grids(model, opts.input_size)
         return model
+
+    def _widths(self) -> dict[str, int]:
+        """What the auxiliary layers answer, and how much of it."""
+        opts, widths = self.opts, {}
+        if opts.tl_eval_blend or self.maps.labels:
+            widths[TOKENS] = self.num_classes
+        if opts.tl_feature_weight and not opts.eval:
+            widths[FEATURES] = self.maps.basis.width
+        return widths
 
     def forward(self, model: nn.Module, batch: Batch) -> Any:
         outputs = model(batch["images"])
@@ -134,26 +153,61 @@ class TokenLabeling(Classification):
     # -- training
 
     def preprocess(self, batch: Batch, train: bool) -> Batch:
-        """Turn maps into "tokens", targets (B, C, rows, columns) per auxiliary classifier, and "targets" (B, C)."""
+        """Turn maps into targets per auxiliary layer: "tokens" (B, C, h, w) and "features" (B, d + 1, h, w).
+
+        "targets" become (B, C). The features' last channel is the share of each place that shows the image.
+        """
         result = super().preprocess(batch, train)
         if not train:
             return result
-        maps = dense_map(batch["values"], batch["indices"], self.num_classes)
-        tokens = [crop_maps(maps, batch, grid) for grid in self.grids]
-        targets = class_targets(tokens[0].mean((2, 3)), batch["targets"], self.opts.tl_target, self.opts.smoothing)
-        images = result["images"]
-        if self.opts.tl_mix:
-            images, targets, tokens = mix_tokens(images, targets, tokens)
-        return {"images": images, "targets": targets, "tokens": tokens}
+        opts, count, images = self.opts, len(result["images"]), result["images"]
+        tokens, features = [], []
+        if "values" in batch:
+            maps = dense_map(batch["values"], batch["indices"], self.num_classes)
+            tokens = [crop_maps(maps, batch, grid) for grid in self.grids]
+        if opts.tl_feature_weight:
+            maps = F.pad(batch["features"].float(), (0, 0, 0, 0, 0, 1), value=1.0)
+            features = [crop_maps(maps, batch, grid) for grid in self.grids]
+        seen = tokens[0].mean((2, 3)) if tokens else images.new_zeros(count, self.num_classes)
+        targets = class_targets(seen, batch["targets"], opts.tl_target, opts.smoothing)
+        if opts.tl_mix:
+            images, targets, mixed = mix_tokens(images, targets, [*tokens, *features])
+            tokens, features = mixed[: len(tokens)], mixed[len(tokens) :]
+        return {"images": images, "targets": targets, TOKENS: tokens, FEATURES: features}
 
     def loss(self, outputs: dict[str, Any], batch: Batch) -> dict[str, Tensor]:
         opts = self.opts
-        image = soft_cross_entropy(outputs["logits"], batch["targets"])
-        pairs = zip(outputs["tokens"], batch["tokens"], strict=True)
-        tokens = [soft_cross_entropy(logits, targets.movedim(1, -1)) for logits, targets in pairs]
-        dense = torch.stack(tokens).mean()
-        total = opts.tl_cls_weight * image + opts.tl_dense_weight * dense
-        return {"loss": total, "loss_class": image, "loss_tokens": dense}
+        parts = {"class": soft_cross_entropy(outputs["logits"], batch["targets"])}
+        total = opts.tl_cls_weight * parts["class"]
+        if TOKENS in outputs:
+            pairs = zip(outputs[TOKENS], batch[TOKENS], strict=True)
+            tokens = [soft_cross_entropy(logits, targets.movedim(1, -1)) for logits, targets in pairs]
+            parts[TOKENS] = torch.stack(tokens).mean()
+            total = total + opts.tl_dense_weight * parts[TOKENS]
+        if FEATURES in outputs:
+            pairs = zip(outputs[FEATURES], batch[FEATURES], strict=True)
+            parts[FEATURES] = torch.stack([self._feature_distance(*pair) for pair in pairs]).mean()
+            total = total + opts.tl_feature_weight * parts[FEATURES]
+        return {"loss": total, **{f"loss_{name}": part for name, part in parts.items()}}
+
+    def _feature_distance(self, answers: Tensor, targets: Tensor) -> Tensor:
+        components, shown = targets[:, :-1], targets[:, -1:]
+        features = self.maps.basis.decode(components / shown.clamp(min=1e-6))
+        return feature_distance(answers, features, self.opts.tl_feature_loss, shown[:, 0])
+
+
+def check_parts(options: Any, maps: ShardedMaps | PublishedMaps) -> None:
+    """UsageError if the maps do not hold what is to be learnt."""
+    if options.tl_feature_weight and maps.basis is None:
+        raise UsageError(
+            f"--tl_feature_weight {options.tl_feature_weight:g}: --tl_maps {options.tl_maps} holds no features; "
+            f"{COMMAND} --features 80 makes them"
+        )
+    if not maps.labels and (options.tl_dense_weight or options.tl_target != "label" or options.tl_eval_blend):
+        raise UsageError(
+            f"--tl_maps {options.tl_maps} holds features alone; pass --tl_dense_weight 0 --tl_target label, without "
+            "--tl_eval_blend"
+        )
 
 
 def class_targets(seen: Tensor, labels: Tensor, kind: str, smoothing: float) -> Tensor:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import timm
@@ -18,6 +19,7 @@ from runtime.images import open_rgb
 from tasks.classification.sources import image_folder as open_folder
 from tasks.classification.sources import name_in, names_in
 from tasks.token_labeling import generate
+from tasks.token_labeling.features import BASIS
 from tasks.token_labeling.maps import INDEX, open_maps
 
 KWARGS = {"embed_dims": (16, 32, 48, 64), "depths": (1, 1, 1, 1)}
@@ -130,7 +132,8 @@ def test_teachers_of_either_layout_of_memory(teacher_name):
     model = timm.create_model(teacher_name, num_classes=7, **size).eval()
     images = torch.randint(0, 255, (2, 3, 64, 64), dtype=torch.uint8)
     teacher = generate.Teacher(model, pixels_of(teacher_name), 64, torch.device("cpu"))
-    values, indices = teacher.label(images)
+    said = teacher.say(images)
+    values, indices = said["values"], said["indices"]
     assert values.shape == indices.shape == (2, 5, 2, 2)
     with torch.no_grad():
         features = model.forward_features(normalize(images, pixels_of(teacher_name)))
@@ -143,8 +146,85 @@ def test_teacher_without_a_map_is_refused():
     model = timm.create_model("vit_tiny_patch16_224", num_classes=4, img_size=32, depth=1).eval()
     teacher = generate.Teacher(model, pixels_of("vit_tiny_patch16_224"), 32, torch.device("cpu"))
     assert "--teacher: its last features are no map" in complaint(
-        teacher.label, torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+        teacher.say, torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
     )
+
+
+# -- features
+
+
+def last_map(path, image):
+    model = timm.create_model("debiformer_nano", num_classes=4, img_size=64, **KWARGS).eval()
+    model.load_state_dict(torch.load(path)["model"])
+    image = open_rgb(image).resize((64, 64), Image.Resampling.BICUBIC)
+    with torch.no_grad():
+        return model.forward_features(normalize(pil_to_tensor(image)[None], pixels_of("debiformer_nano")))
+
+
+def test_features_are_the_teachers_to_a_step_of_their_bytes(make, image_folder, teacher):
+    folder = make("--features", "64", "--input_size", "64")
+    maps, source = opened(folder, image_folder), open_folder(str(image_folder), "train")
+    for number in (0, 19, 20, 47):
+        found = maps.read(number, name_in(source, str(image_folder), number))
+        assert found["features"].shape == (64, 2, 2)
+        assert found["features"].dtype == torch.int8
+        assert found["values"].shape == (4, 2, 2)
+        expected = last_map(teacher, source[number][0])
+        error = maps.basis.decode(found["features"][None]) - expected
+        assert error.square().mean() < 1e-3 * (expected - maps.basis.mean[:, None, None]).square().mean()
+
+
+def test_components_hold_the_share_of_the_variance_that_is_told(make, image_folder, teacher, capsys):
+    folder = make("--features", "8", "--no_labels", "--input_size", "64")
+    told = float(capsys.readouterr().out.partition("8 components hold ")[2].partition("%")[0]) / 100
+    maps, source = opened(folder, image_folder), open_folder(str(image_folder), "train")
+    lost = total = 0.0
+    for number in range(48):
+        found = maps.read(number, name_in(source, str(image_folder), number))
+        assert list(found) == ["features"]
+        expected = last_map(teacher, source[number][0])
+        lost += (maps.basis.decode(found["features"][None]) - expected).square().sum()
+        total += (expected - maps.basis.mean[:, None, None]).square().sum()
+    assert 0.2 < told < 0.999
+    assert abs(1 - lost / total - told) < 3e-3
+
+
+def test_vision_transformers_say_features(make, image_folder):
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=4, img_size=32, depth=1)
+    path = image_folder / "vit.pth"
+    torch.save({"model": model.state_dict(), "args": {"input_size": 32, "model_kwargs": {"depth": 1}}}, path)
+    argv = ["--teacher", "vit_tiny_patch16_224", "--teacher_path", str(path), "--features", "12", "--no_labels"]
+    maps = opened(make(*argv), image_folder)
+    assert maps.read(0, "train/cat/0.png")["features"].shape == (12, 2, 2)
+    assert maps.basis.width == 192
+
+
+def test_processes_share_the_main_ones_basis(make):
+    argv = ("--features", "8", "--input_size", "64")
+    whole = contents(make(*argv))
+    with ThreadPoolExecutor() as pool:
+        waiting = pool.submit(make, *argv, info=DistInfo(1, 2), output="shared")
+        folder = make(*argv, info=DistInfo(0, 2), output="shared")
+        waiting.result()
+    make(*argv, output="shared")
+    assert contents(folder) == whole
+
+
+def test_features_of_another_basis_are_not_mixed_with_the_first(make, image_folder):
+    folder = make("--features", "8", "--input_size", "64")
+    for argv in (("--features", "9", "--input_size", "64"), ("--features", "8"), ("--input_size", "64")):
+        assert "choose another --output" in complaint(make, *argv)
+    labels = make("--input_size", "64", output="labels")
+    argv = ("--features", "8", "--input_size", "64", "--output", str(labels))
+    assert "choose another --output" in complaint(make, *argv)
+    (folder / BASIS).write_bytes((folder / BASIS).read_bytes()[:-1] + b"x")
+    assert f"{BASIS} is missing or damaged" in refused(folder, image_folder)
+    (folder / BASIS).write_bytes(b"")
+    assert f"{BASIS} is missing or damaged" in complaint(make, "--features", "8", "--input_size", "64")
+
+
+def test_more_components_than_channels_are_refused(make):
+    assert "--features 65: the teacher's features have 64" in complaint(make, "--features", "65")
 
 
 # -- bad input
@@ -208,10 +288,12 @@ def test_teacher_of_other_classes_is_refused(make, image_folder, teacher, tmp_pa
     assert "--input_size 60 is no multiple of 32" in complaint(make, "--input_size", "60")
 
 
-def test_command_line_without_a_teacher_is_refused(capsys):
-    with pytest.raises(SystemExit):
-        generate.parse(["--output", "maps"])
-    assert "--teacher is missing" in capsys.readouterr().err
+def test_command_line_that_makes_nothing_is_refused(capsys):
+    nothing = ["--teacher", "a", "--output", "b", "--no_labels"]
+    for argv, words in ((["--output", "maps"], "--teacher is missing"), (nothing, "leaves nothing to store")):
+        with pytest.raises(SystemExit):
+            generate.parse(argv)
+        assert words in capsys.readouterr().err
 
 
 # -- as the authors published them

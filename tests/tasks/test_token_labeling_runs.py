@@ -17,6 +17,7 @@ from runtime.checkpoint import BEST, LAST
 from tasks.token_labeling import generate
 from tasks.token_labeling.model import add_auxiliary, token_grids
 from tasks.token_labeling.task import TokenLabeling, class_targets, mix_tokens, token_box
+from tasks.token_labeling.transform import crop_maps
 from tools.loading import load_model
 from utils import seeded
 
@@ -129,6 +130,77 @@ def test_figures_do_not_depend_on_the_number_of_processes(shared_maps, shared_im
     assert trained[-1:] == alone
 
 
+# -- stored features
+
+
+@pytest.fixture(scope="session")
+def feature_maps(shared_images, shared_maps, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("features")
+    argv = ["--data_path", str(shared_images), "--teacher", "debiformer_nano", "--num_workers", "0", "--device", "cpu"]
+    argv += ["--teacher_path", str(shared_maps / "t.pth"), "--input_size", "96", "--features", "24"]
+    for name, more in (("both", []), ("features", ["--no_labels"])):
+        generate.generate(generate.parse([*argv, *more, "--output", str(folder / name)]), generate.DistInfo())
+    return folder
+
+
+def test_run_learns_stored_features_and_resumes_to_the_same_bits(
+    token_options, feature_maps, monkeypatch, small_options
+):
+    argv = ("--tl_maps", str(feature_maps / "both"), "--tl_feature_weight", "1", "--tl_stage3", "--aa", "rand-m9-n2")
+    whole, stopped = token_options(*argv, folder="whole"), token_options(*argv)
+    main.run(whole)
+    run_until_stopped(stopped, 3, monkeypatch)
+    main.run(stopped)
+    one, two = (load_checkpoint(main.Path(options.output_dir) / LAST)["model"] for options in (whole, stopped))
+    assert one["auxiliary.features_last.weight"].shape == (64, 64)
+    assert one["auxiliary.features_middle.weight"].shape == (64, 48)
+    assert all(torch.equal(value, two[name]) for name, value in one.items())
+    best = main.Path(whole.output_dir) / BEST
+    plain().load_state_dict(load_checkpoint(best)["model"], strict=True)
+    blended = ("--eval", "--tl_eval_blend", "--tl_stage3", "--resume", str(best.with_name(LAST)))
+    assert main.run(token_options(*blended))["images"] == 20
+
+
+def test_features_alone_teach_beside_labels(token_options, feature_maps):
+    argv = ("--tl_maps", str(feature_maps / "features"), "--tl_feature_weight", "1", "--epochs", "1")
+    alone = ("--tl_dense_weight", "0", "--tl_target", "label", "--tl_feature_loss", "smooth_l1", "--amp", "bf16")
+    options = token_options(*argv, *alone)
+    assert 0 < main.run(options)["train_loss"] < 10
+    assert not any(".last." in name for name in load_checkpoint(main.Path(options.output_dir) / LAST)["model"])
+    assert "holds features alone; pass --tl_dense_weight 0" in complaint(main.run, token_options(*argv, folder="other"))
+
+
+def test_maps_without_features_are_refused_where_these_are_to_be_learnt(token_options):
+    assert "holds no features" in complaint(main.run, token_options("--tl_feature_weight", "1"))
+
+
+def test_feature_targets_are_what_the_image_shows_and_count_by_how_much_of_it(token_options, feature_maps):
+    task = TokenLabeling(token_options("--tl_maps", str(feature_maps / "both"), "--tl_feature_weight", "1"))
+    train, _ = task.sources()
+    task.build_model()
+    stored = torch.stack([train[number]["features"] for number in (0, 1)])
+    batch = {
+        **{"images": torch.zeros(2, 3, 64, 64), "targets": torch.tensor([0, 1]), "features": stored, "moved": [1]},
+        **{"values": torch.zeros(2, 4, 3, 3), "indices": torch.zeros(2, 4, 3, 3), "flip": torch.tensor([True, False])},
+        **{"box": torch.tensor([[0.1, 0.2, 0.9, 0.7]] * 2), "moves": torch.eye(2, 3).repeat(2, 1, 1, 1)},
+    }
+    batch["moves"][1, 0, 0, 2] = 0.5  # half of it is moved out of its frame
+    task.opts.tl_mix = False
+    (seen,) = task.preprocess(batch, train=True)["features"]
+    assert torch.allclose(seen[0, -1], torch.ones(2, 2))
+    assert torch.equal(seen[1, -1], torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+    whole = crop_maps(task.maps.basis.decode(stored)[:1], {**batch, "moved": [], "box": batch["box"][:1]}, (2, 2))
+    assert torch.allclose(task.maps.basis.decode(seen[:1, :-1]), whole, atol=1e-4)
+    answers = torch.randn(2, 2, 2, 64)
+    wanted = task.maps.basis.decode(seen[:, :-1]).movedim(1, -1)
+    distances = (1 - F.cosine_similarity(answers, wanted, dim=-1)) * seen[:, -1]
+    logits = torch.randn(2, 4)
+    parts = task.loss(
+        {"logits": logits, "features": [answers]}, {"targets": torch.rand(2, 4), "features": [seen], "tokens": []}
+    )
+    assert torch.allclose(parts["loss_features"], distances.mean(), atol=1e-6)
+
+
 # -- the model
 
 
@@ -139,7 +211,7 @@ def test_auxiliary_classifiers_leave_the_model_what_it_is(name):
     model = timm.create_model(name, num_classes=4, **kwargs)
     images, keys = torch.randn(2, 3, 64, 64), list(model.state_dict())
     before = model.eval()(images)
-    add_auxiliary(model, 4, middle=True)
+    add_auxiliary(model, {"tokens": 4, "features": 6}, middle=True)
     assert torch.equal(model(images), before)
     assert [key for key in model.state_dict() if not key.startswith("auxiliary.")] == keys
     assert token_grids(model, 64) == [(2, 2), (4, 4)]
@@ -154,7 +226,9 @@ def test_auxiliary_classifiers_leave_the_model_what_it_is(name):
     outputs = model(images)
     assert {int(m.num_batches_tracked) for m in statistics} == {1}
     assert [tuple(tokens.shape) for tokens in outputs["tokens"]] == [(2, 2, 2, 4), (2, 4, 4, 4)]
-    (outputs["logits"].sum() + sum(tokens.square().sum() for tokens in outputs["tokens"])).backward()
+    assert [tuple(values.shape) for values in outputs["features"]] == [(2, 2, 2, 6), (2, 4, 4, 6)]
+    answers = [*outputs["tokens"], *outputs["features"]]
+    (outputs["logits"].sum() + sum(values.square().sum() for values in answers)).backward()
     assert all(p.grad is not None for p in model.parameters())
 
 
