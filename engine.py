@@ -291,7 +291,7 @@ class Run:
                 self._report(figures, "averaged weights: " if name == "test_ema" else "")
                 record |= {f"{name}_{figure}": value for figure, value in figures.items() if figure != "images"}
                 weights = name.replace("test", "model")
-                if figures[metric] > state.best.get(metric, -1.0):
+                if figures[metric] > state.best.get(metric, float("-inf")):
                     state.best, best = {**figures, "epoch": epoch, "weights": weights}, weights
         if self.watcher is not None and (epoch + 1) % self.watch_every == 0:
             seen = self.watcher.collect()

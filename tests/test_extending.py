@@ -1,11 +1,12 @@
 """What docs/EXTENDING.md shows runs as it stands there."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from support import command
+from support import ROOT, command
 
 from models.attention_table import ATTENTIONS
 
@@ -37,15 +38,30 @@ def test_page_attention_trains_and_is_drawn(tmp_path, monkeypatch):
     monkeypatch.delitem(ATTENTIONS, "row")
 
 
+def test_page_attention_in_a_file_of_models_is_found_by_its_name(tmp_path):
+    definition = code_of("A new attention")[0]
+    own = "from .attention_maps import AttentionMaps\nfrom .attention_table import register_attention\n"
+    shutil.copytree(ROOT / "models", tmp_path / "models", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "models/row.py").write_text(definition.replace("import models\n", own).replace("models.", ""))
+    package = tmp_path / "models/__init__.py"
+    first, later = "from . import biformer, debiformer, stl", "from . import biformer, debiformer, row, stl"
+    assert first in package.read_text()
+    assert later in PAGE.read_text()
+    package.write_text(package.read_text().replace(first, later))
+    build = "import timm, models; print(timm.create_model('biformer_tiny', attn_layer=['row', 'row', 'row', None]))"
+    done = command("-c", build, cwd=tmp_path, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "RowAttention" in done.stdout
+
+
 def test_page_data_set_reads_classes_from_names(tmp_path):
     (definition,) = code_of("A new data set")
     names = {}
     exec(compile(definition, PAGE.name, "exec"), names)
-    for name in ("dog_1.png", "cat_1.png", "dog_2.png"):
-        Image.new("RGB", (4, 4)).save(tmp_path / name)
-    found = names["by_prefix"](tmp_path)
+    (tmp_path / "train.csv").write_text("a/1.png,dog\n2.png,cat\n3.png,dog\n")
+    found = names["from_table"](tmp_path, "train")
     assert found.classes == ["cat", "dog"]
-    assert [found[number][1] for number in range(3)] == [0, 1, 1]
+    assert [found[number] for number in range(2)] == [(str(tmp_path / "a/1.png"), 1), (str(tmp_path / "2.png"), 0)]
 
 
 def test_page_task_trains(tmp_path):

@@ -189,7 +189,8 @@ def test_feature_targets_are_what_the_image_shows_and_count_by_how_much_of_it(to
     (seen,) = task.preprocess(batch, train=True)["features"]
     assert torch.allclose(seen[0, -1], torch.ones(2, 2))
     assert torch.equal(seen[1, -1], torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
-    whole = crop_maps(task.maps.basis.decode(stored)[:1], {**batch, "moved": [], "box": batch["box"][:1]}, (2, 2))
+    alone = {"box": batch["box"][:1], "flip": batch["flip"][:1], "moved": []}
+    whole = crop_maps(task.maps.basis.decode(stored)[:1], alone, (2, 2))
     assert torch.allclose(task.maps.basis.decode(seen[:1, :-1]), whole, atol=1e-4)
     answers = torch.randn(2, 2, 2, 64)
     wanted = task.maps.basis.decode(seen[:, :-1]).movedim(1, -1)
