@@ -8,6 +8,7 @@ if __name__ == "__main__":
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -199,13 +200,14 @@ def build_state(options: Options, step: TrainStep, data: Data, folder: RunFolder
 def build_run(options: Options, step: TrainStep, state: TrainingState, data: Data, folder: RunFolder) -> Run:
     """The training itself."""
     task = step.task
+    shown, remarks = task.info.is_main, partial(data.remarks, task.info)
     return Run(
         step,
         build_scheduler(step.optimizer, options, options.epochs * data.updates),
         state,
         data,
         folder,
-        Progress(options.epochs, data.updates, data.total_batch, options.print_freq, task.device, task.info.is_main),
+        Progress(options.epochs, data.updates, data.total_batch, options.print_freq, task.device, shown, remarks),
         epochs=options.epochs,
         checkpoint_minutes=options.checkpoint_minutes,
         watcher=build_watcher(options, task, data, state.model),

@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from hashlib import sha1
 from pathlib import Path
@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from runtime.checkpoint import BEST, LAST, TrainingState
 from runtime.distributed import DistInfo
-from runtime.errors import UsageError, warn
+from runtime.errors import UsageError, note, warn
 from runtime.options import RECIPES
 from utils import count_parameters, format_seconds, peak_memory
 
@@ -220,12 +220,21 @@ class RunLog:
 class Progress:
     """Progress on a terminal as a live bar, elsewhere as a line every `every` updates. Silent unless `shown`.
 
-    updates: per epoch; images: per update, over all processes.
+    updates: per epoch; images: per update, over all processes. remarks: what to say after an epoch; all processes ask.
     """
 
-    def __init__(self, epochs: int, updates: int, images: int, every: int, device: torch.device, shown: bool) -> None:
+    def __init__(
+        self,
+        epochs: int,
+        updates: int,
+        images: int,
+        every: int,
+        device: torch.device,
+        shown: bool,
+        remarks: Callable[[], list[str]] = list,
+    ) -> None:
         self.epochs, self.updates, self.images, self.every = epochs, updates, images, every
-        self.device, self.shown = device, shown
+        self.device, self.shown, self.remarks = device, shown, remarks
         self.live = shown and sys.stderr.isatty()
         self.bar: tqdm | None = None
         self.run_started: tuple[float, int] | None = None
@@ -264,6 +273,9 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+        for line in self.remarks():
+            if self.shown:
+                note(f"{self.title}: {line}")
 
     def _eta(self, update: int, now: float) -> str:
         then, first = self.run_started

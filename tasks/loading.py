@@ -41,6 +41,7 @@ class Transformed(Dataset):
         self, source: Dataset, transform: Callable[[Sample], Sample], seed: int, max_pixels: int = MAX_PIXELS
     ) -> None:
         self.source, self.transform, self.seed, self.max_pixels = source, transform, seed, max_pixels
+        self._left_to_pillow = multiprocessing.Value("q", 0)
 
     def __len__(self) -> int:
         return len(self.source)
@@ -52,8 +53,19 @@ class Transformed(Dataset):
 
     def read(self, index: int) -> Sample:
         """Return a sample with its image opened. Raises UsageError, naming the file, if that cannot be done."""
-        open_image = read_pixels if getattr(self.transform, "takes_pixels", False) else open_rgb
+        fast = getattr(self.transform, "takes_pixels", False)
+        open_image = partial(read_pixels, refused=self._count_refused) if fast else open_rgb
         return opened(lambda: self.source[index], self.source.name_of(index), self.max_pixels, open_image)
+
+    def _count_refused(self) -> None:
+        with self._left_to_pillow.get_lock():
+            self._left_to_pillow.value += 1
+
+    def take_refused(self) -> int:
+        """Return how many JPEGs this process and its workers have left to Pillow, and begin to count anew."""
+        with self._left_to_pillow.get_lock():
+            count, self._left_to_pillow.value = self._left_to_pillow.value, 0
+        return count
 
 
 def opened(get: Callable[[], Sample], name: str, max_pixels: int, open_image: Callable = open_rgb) -> Sample:
@@ -124,6 +136,11 @@ class Data:
     def streamed(self) -> bool:
         """Whether training images come as a stream, which cannot be entered midway."""
         return self.train is not None and isinstance(self.train.dataset, IterableDataset)
+
+    def remarks(self, info: DistInfo) -> list[str]:
+        """Say what was odd about the training images since the last time, a line each; all processes call this."""
+        count = 0 if self.streamed else sum(gather(self.train.dataset.take_refused(), info))
+        return [f"JPEGs that only Pillow reads, which takes longer (CMYK, turned or damaged): {count}"] if count else []
 
     def set_position(self, epoch: int, start: int = 0) -> int:
         """Set the training loader to image `start` (of a stream 0) of `epoch`. Returns the update it stands at."""
