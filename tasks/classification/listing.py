@@ -182,7 +182,8 @@ def _newest(root: str) -> Listing | None:
         for path in _versions(root)[:1]:
             listing = _read(root, path)
             if listing is not None and path == _file_of(listing):
-                os.utime(path)
+                with contextlib.suppress(PermissionError):
+                    os.utime(path)
                 return listing
     return None
 

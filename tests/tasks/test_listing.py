@@ -122,6 +122,17 @@ def test_cache_that_cannot_be_written_is_told_once(folder, monkeypatch, capsys):
     assert line.startswith(f"note: the list of images cannot be kept in {folder.parent}/file/cache (Not a directory)")
 
 
+def test_list_that_somebody_else_keeps_is_read(folder, walked, monkeypatch):
+    paths_of(folder)
+
+    def refuse(path, times=None):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert paths_of(folder) == expected("cat", "dog", "owl")
+    assert walked == {"cat": 1, "dog": 1, "owl": 1}
+
+
 def test_short_lists_are_not_kept(folder, monkeypatch):
     monkeypatch.setattr(listing, "KEPT_FROM", 16)
     paths_of(folder)
