@@ -84,7 +84,7 @@ class BiLevelRoutingAttention(nn.Module):
 
     def attention_maps(self, x: Tensor) -> RoutedMaps:
         """The exact maps of one image (1, H, W, C)."""
-        q, k, _ = self.qkv(ops.pad_to_multiple(x, self.router.n_win))
+        q, k, v = self.qkv(ops.pad_to_multiple(x, self.router.n_win))
         return RoutedMaps(
             tokens=(x.shape[1], x.shape[2]),
             num_heads=self.num_heads,
@@ -93,6 +93,9 @@ class BiLevelRoutingAttention(nn.Module):
             n_win=self.router.n_win,
             idx=one_image(choose_windows(self.router, q, k)),
             scale=self.router.scale,
+            values=one_image(v),
+            weight=self.wo.weight,
+            rest=one_image(self.wo(self.lepe(v))),
         )
 
 
@@ -123,5 +126,7 @@ class FullAttention(nn.Module):
 
     def attention_maps(self, x: Tensor) -> RoutedMaps:
         """The exact maps of one image (1, H, W, C)."""
-        q, k, _ = self.qkv(x).chunk(3, dim=-1)
-        return plain_maps(q, k, self.num_heads)
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        rest = self.proj(self.lepe(v if self.lepe_on_values else x))
+        parts = {"values": one_image(v), "weight": self.proj.weight.flatten(1), "rest": one_image(rest)}
+        return plain_maps(q, k, self.num_heads, **parts)

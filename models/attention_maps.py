@@ -7,7 +7,7 @@ k routed windows, Ha x Wa agent grid (padded likewise), g offset groups. There i
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TypeVar
 
 import torch
@@ -52,6 +52,8 @@ class RoutedMaps(AttentionMaps):
 
     q, k: (H, W, C). n_win: windows per side. idx: (P, k) int64, the windows that each window of queries reads, best
     first. scale: factor on the logits.
+    values: (H, W, C), what the attention sums. weight: (C, C), of the projection of the sums. rest: (H, W, C), what
+    else the layer gives (LePE, biases). All three or none: only with them are contributions known.
     """
 
     q: Tensor
@@ -59,6 +61,9 @@ class RoutedMaps(AttentionMaps):
     n_win: int
     idx: Tensor
     scale: float
+    values: Tensor | None = field(default=None, kw_only=True)
+    weight: Tensor | None = field(default=None, kw_only=True)
+    rest: Tensor | None = field(default=None, kw_only=True)
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -79,6 +84,18 @@ class RoutedMaps(AttentionMaps):
         window = self.idx.new_tensor([self.window_of(row, column)])
         return self._attend(self.q[row, column][None], window)[:, 0]
 
+    def contributions(self, row: int, column: int) -> Tensor:
+        """What each head adds to the layer's output at a token from each token: (m, H, W, C).
+
+        All of it and `rest` at the token sum to the output. For agents, it is from each agent: (m, Ha, Wa, C).
+        """
+        return self._added(self.token_attention(row, column))
+
+    def _added(self, shares: Tensor) -> Tensor:
+        """Shares (m, ...) of the values (..., C), projected: (m, ..., C)."""
+        by_head = (self.values.unflatten(-1, (self.num_heads, -1)) * shares.movedim(0, -1)[..., None]).movedim(-2, 0)
+        return torch.einsum("m...d,cmd->m...c", by_head, self.weight.unflatten(1, (self.num_heads, -1)))
+
     def _attend(self, queries: Tensor, windows: Tensor) -> Tensor:
         """Attention of queries (n, C) in windows (n,) to the tokens: (m, n, H, W), zero where not routed to."""
         n, m = len(queries), self.num_heads
@@ -93,11 +110,14 @@ class RoutedMaps(AttentionMaps):
         return ops.from_windows(canvas.permute(0, 2, 3, 1), self.n_win, *self.sides).permute(3, 0, 1, 2)
 
 
-def plain_maps(q: Tensor, k: Tensor, num_heads: int) -> RoutedMaps:
-    """Maps of attention over all tokens with the scale (C/m)**-0.5, from q and k (1, H, W, C)."""
+def plain_maps(q: Tensor, k: Tensor, num_heads: int, **parts: Tensor) -> RoutedMaps:
+    """Maps of attention over all tokens with the scale (C/m)**-0.5, from q and k (1, H, W, C).
+
+    parts: values, weight and rest of one image, if contributions are to be known.
+    """
     tokens, idx = (q.shape[1], q.shape[2]), torch.zeros(1, 1, dtype=torch.int64, device=q.device)
     scale = (q.shape[-1] // num_heads) ** -0.5
-    return RoutedMaps(tokens, num_heads, one_image(q), one_image(k), n_win=1, idx=idx, scale=scale)
+    return RoutedMaps(tokens, num_heads, one_image(q), one_image(k), n_win=1, idx=idx, scale=scale, **parts)
 
 
 @dataclass(frozen=True)
@@ -105,7 +125,7 @@ class AgentMaps(RoutedMaps):
     """Deformable agent attention. Here idx says what the windows of agents read.
 
     positions: (Ha, Wa, g, 2) in [-1, 1], y first. agents: rows and columns of the agent grid before padding.
-    agent_q, agent_k: (Ha, Wa, C), what agents ask the tokens with, and what tokens find them by.
+    agent_q, agent_k: (Ha, Wa, C), what agents ask the tokens with, and what tokens find them by. The values are theirs.
     rpe_table: (m, 2Q-1, 2Q-1).
     """
 
@@ -152,6 +172,9 @@ class AgentMaps(RoutedMaps):
         What agents bring from the places they were sampled at is not part of the map.
         """
         return compose(self.token_to_agents()[:, row, column], self.agent_reads().mean(0))
+
+    def contributions(self, row: int, column: int) -> Tensor:
+        return self._added(self.token_to_agents()[:, row, column])
 
     def reference_grid(self) -> Tensor:
         """Where the agents (padding left out) start from, shaped as their positions: (ha, wa, g, 2)."""

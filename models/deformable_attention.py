@@ -139,4 +139,7 @@ class DeformableAgentAttention(nn.Module):
             agent_q=one_image(agent_q),
             agent_k=one_image(self.proj_k(agents)),
             rpe_table=one_image(self.rpe_table[None]),
+            values=one_image(self.proj_v(agents)),
+            weight=self.proj_out.weight.flatten(1),
+            rest=self.proj_out.bias.expand_as(q[0]),
         )

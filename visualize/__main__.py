@@ -115,7 +115,8 @@ def write_all(subject: Subject, image: Image.Image, name: str, options: argparse
     if options.evidence:
         best = int(capture.logits.argmax())
         shown = evidence.evidence_panels(subject, view, best)
-        sections.append(Section("Class evidence", _write_panels(shown, capture.size, folder)))
+        trials = evidence.trials(subject, view, best, shown)
+        sections.append(Section("Class evidence", [*_write_panels(shown, capture.size, folder), *trials]))
 
     first, *others = panels.layer_frames(capture, picture, queries[0])
     first.save(folder / "layers.gif", save_all=True, append_images=others, duration=700, loop=0)

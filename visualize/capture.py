@@ -8,7 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,12 +23,13 @@ PLACE = re.compile(r"stages\.(\d+)\.(?:blocks\.)?(\d+)\.")
 
 @dataclass(frozen=True)
 class Layer:
-    """One attention layer. name: the module's path; stage: 1..4; block: from 0."""
+    """One attention layer. name: the module's path; stage: 1..4; block: from 0; output: what it gave for the image."""
 
     name: str
     stage: int
     block: int
     maps: AttentionMaps
+    output: Tensor | None = None
 
     @property
     def stride(self) -> int:
@@ -129,6 +130,10 @@ def capture(model: nn.Module, image: Tensor) -> Capture:
         except ValueError as error:
             raise UsageError(f"{name}: {error}") from error
 
+    def keep_output(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        layers[-1] = replace(layers[-1], output=output[0].cpu())
+
+    handles = [module.register_forward_hook(keep_output) for module in readable_layers(model).values()]
     was_training = model.training
     model.eval()
     try:
@@ -136,5 +141,7 @@ def capture(model: nn.Module, image: Tensor) -> Capture:
             logits = model.forward(image)  # a model compiled as a whole would not run the hooks
     finally:
         model.train(was_training)
+        for handle in handles:
+            handle.remove()
     logits = logits[0].cpu()
     return Capture(tuple(layers), logits.to(torch.promote_types(logits.dtype, torch.float32)), tuple(image.shape[2:]))

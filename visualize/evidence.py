@@ -14,9 +14,11 @@ from torch import nn
 
 from runtime.errors import UsageError
 
+from . import proof, svg
 from .capture import time_limit
 from .images import to_tensor
 from .panels import Panel
+from .report import Picture
 from .shapes import Heat, Scene
 from .subject import Subject
 
@@ -87,3 +89,35 @@ def evidence_panels(subject: Subject, view: Image.Image, class_number: int, seco
             picture,
         ),
     ]
+
+
+def trials(
+    subject: Subject, view: Image.Image, class_number: int, shown: list[Panel], seconds: float = math.inf
+) -> list[Picture]:
+    """For the map of each panel, its deletion and insertion curves, and what the model says without its strongest part.
+
+    UsageError if it takes longer than `seconds`.
+    """
+    image, size = to_tensor(view, subject.pixels), (view.height, view.width)
+    values = [panel.heats[0].pixels(size) for panel in shown]
+    with subject.lock, time_limit(subject.model, seconds):
+        found = proof.curves(subject.model, image, class_number, values)
+        before = proof.probabilities(subject.model, image)[0]
+        after = [proof.without(subject.model, image, one) for one in values]
+    pictures = []
+    for panel, curves, left in zip(shown, found, after, strict=True):
+        lines = {
+            "deletion": curves.deletion,
+            "insertion": curves.insertion,
+            "deletion by chance": curves.random_deletion,
+            "insertion by chance": curves.random_insertion,
+        }
+        name, other = (subject.classes[number] for number in (class_number, int(left.argmax())))
+        change = f"{100 * float(before[class_number]):.1f} % → {100 * float(left[class_number]):.1f} %"
+        now = "still the first" if name == other else f"now “{other}” is the first"
+        without = f"Without the strongest {100 * proof.MASKED:.0f} % of the picture: “{name}” {change}, {now}."
+        title = f"{panel.title}, put to the test"
+        axes = f"Probability of “{name}” as the picture goes (deletion) or comes (insertion), the strongest first."
+        body = svg.chart(lines, f"{title}. {curves.words}")
+        pictures.append(Picture(title, f"{axes} {curves.words}", body, note=without))
+    return pictures

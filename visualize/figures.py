@@ -82,9 +82,9 @@ def _draw_heat(axes: Axes, heat: Heat) -> None:
     axes.imshow(heat_colours(heat), interpolation="nearest", aspect="auto", extent=extent)
     axes.add_patch(Rectangle((0.02, 0.02), 0.58, 0.09, transform=axes.transAxes, color="black", alpha=0.7, zorder=900))
     bar = axes.inset_axes((0.09, 0.045, 0.2, 0.04), zorder=901)
-    bar.imshow(ramp(np.linspace(0, 1, 64))[None], aspect="auto")
+    bar.imshow(ramp(np.linspace(-1 if heat.signed else 0, 1, 64), heat.signed)[None], aspect="auto")
     bar.set_axis_off()
-    for place, words in ((0.04, "0"), (0.3, f"{heat.values.max():.3g} {heat.unit}".rstrip())):
+    for place, words in ((0.04, "±" if heat.signed else "0"), (0.3, f"{heat.top:.3g} {heat.unit}".rstrip())):
         looks = {"transform": axes.transAxes, "color": "white", "fontsize": 8, "va": "center", "zorder": 902}
         axes.text(place, 0.062, words, **looks)
 

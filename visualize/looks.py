@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 from . import svg
-from .report import UNTRAINED, UNTRAINED_HINT, Picture
+from .report import UNTRAINED, UNTRAINED_HINT, Picture, note_html
 from .session import Answer
 from .subject import Subject
 
@@ -34,10 +34,11 @@ h1 { font-size: 1.35rem; font-weight: 700; margin: 0; color: var(--body-text-col
 #stages button b { display: block; padding: 0.1rem 0.3rem 0; font-size: 0.8rem }
 #stages .bar { padding: 0 0.3rem 0.2rem; flex-wrap: wrap; justify-content: space-between; gap: 0; font-size: 0.75rem }
 #stages .bar i { flex: 0 0 100%; height: 0.3rem; order: -1 }
-.panels { display: grid; gap: 0.75rem; grid-template-columns: repeat(3, minmax(0, 1fr)) }
+.panels { display: grid; gap: 0.75rem; grid-template-columns: repeat(4, minmax(0, 1fr)) }
 .panels figure { margin: 0; border-radius: 0.5rem; overflow: hidden; background: var(--background-fill-secondary) }
 .panels figcaption { padding: 0.3rem 0.6rem; font-size: 0.85rem; color: var(--body-text-color); position: relative }
 .panels figcaption b { display: block }
+.panels figcaption p { margin: 0.1rem 0; font-size: 0.8rem }
 .panels summary { cursor: pointer }
 .panels output { position: absolute; right: 0.6rem; font-variant-numeric: tabular-nums }
 .panels table, .predictions { border-collapse: collapse; font-variant-numeric: tabular-nums }
@@ -102,7 +103,7 @@ const numbers = new WeakMap()
 const read = image => {
   if (!numbers.has(image)) {
     const bytes = Uint8Array.from(atob(image.dataset.values), letter => letter.charCodeAt(0))
-    numbers.set(image, new Uint16Array(bytes.buffer))
+    numbers.set(image, new Int16Array(bytes.buffer))
   }
   return numbers.get(image)
 }
@@ -115,8 +116,8 @@ element.addEventListener('pointermove', event => {
   const x = Math.floor((event.clientX - box.left) / box.width * view.width)
   const y = Math.floor((event.clientY - box.top) / box.height * view.height)
   const { columns, stride, top, unit } = image.dataset
-  const value = read(image)[Math.floor(y / stride) * columns + Math.floor(x / stride)] / 65535 * top
-  if (value >= 0) output.textContent = `${x},${y}: ${value.toPrecision(3)} ${unit}`
+  const value = read(image)[Math.floor(y / stride) * columns + Math.floor(x / stride)] / 32767 * top
+  if (Number.isFinite(value)) output.textContent = `${x},${y}: ${value.toPrecision(3)} ${unit}`
 })
 element.addEventListener('pointerout', event => {
   for (const output of element.querySelectorAll('output')) output.textContent = ''
@@ -153,7 +154,7 @@ def panels(pictures: Sequence[Picture]) -> str:
 def _panel(picture: Picture) -> str:
     here = "<output></output>" if picture.numbers else ""
     return (
-        f"<figure>{picture.body}<figcaption><b>{escape(picture.title)}</b>{picture.scale}{here}"
+        f"<figure>{picture.body}<figcaption><b>{escape(picture.title)}</b>{picture.scale}{note_html(picture)}{here}"
         f"<details><summary>What this shows</summary>{escape(picture.caption)}{picture.numbers}</details>"
         "</figcaption></figure>"
     )

@@ -294,10 +294,12 @@ def serve(page: Page, host: str, port: int | None = None, auth: tuple[str, str] 
 
 
 def local_theme() -> gr.themes.Base:
-    """A theme of the system's own fonts: Gradio's default asks Google for one."""
-    return gr.themes.Base(
+    """A theme of the system's own fonts, for which Gradio's default asks Google, and of words that can be read."""
+    theme = gr.themes.Base(
         font=["system-ui", "sans-serif"],
         font_mono=["ui-monospace", "monospace"],
         primary_hue="cyan",
         neutral_hue="gray",
     )
+    faint = ("body_text_color_subdued", "block_label_text_color", "block_title_text_color", "block_info_text_color")
+    return theme.set(**dict.fromkeys(faint, "*neutral_600"), **{f"{name}_dark": "*neutral_300" for name in faint})

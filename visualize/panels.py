@@ -13,20 +13,24 @@ from runtime.errors import UsageError
 
 from . import figures, maps
 from .capture import Capture, Layer
-from .shapes import Dot, Heat, Scene, agent_shapes, attention_heat, query_mark, ranked_windows
+from .shapes import Dot, Heat, Scene, agent_parts, agent_shapes, attention_heat, query_mark, ranked_windows
 
 AGENTS_SHOWN = 4
 
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """key: fit for a file name. scenes: one, or up to four in a square, over the picture (height, width, 3) uint8."""
+    """key: fit for a file name. scenes: one, or up to four in a square, over the picture (height, width, 3) uint8.
+
+    note: a sentence that is never folded away.
+    """
 
     key: str
     title: str
     caption: str
     scenes: tuple[Scene, ...]
     picture: np.ndarray
+    note: str = ""
 
     @property
     def heats(self) -> list[Heat]:
@@ -79,9 +83,11 @@ def panels_of(capture: Capture, picture: np.ndarray, query: Query) -> list[Panel
         kind = _agent_panels if layer.agents else _token_panels
         # A block of stage 4 of DeBiFormer has the same attention twice.
         again = number > 1 and bool(layers[0].agents) == bool(layer.agents)
-        for panel in kind(layer, picture, query, row, column):
-            second = {"key": f"{panel.key}_{number}", "title": f"{panel.title}, second attention"} if again else {}
-            panels.append(replace(panel, **second))
+        place = (layer, picture, query, row, column)
+        for panel in [*kind(*place), *_contributions(*place)]:
+            if again or panel.key in {other.key for other in panels}:
+                panel = replace(panel, key=f"{panel.key}_{number}", title=f"{panel.title}, second attention")
+            panels.append(panel)
     return panels
 
 
@@ -168,6 +174,28 @@ def _agent_panels(layer: Layer, picture: np.ndarray, query: Query, row: int, col
             picture,
         ),
     ]
+
+
+def _contributions(layer: Layer, picture: np.ndarray, query: Query, row: int, column: int) -> list[Panel]:
+    """What makes the layer's output at the token, if the layer says so."""
+    routed = layer.maps
+    if layer.output is None or getattr(routed, "values", None) is None:
+        return []
+    output, parts = layer.output[row, column].double(), routed.contributions(row, column).double()
+    missing = (parts.sum((0, 1, 2)) + routed.rest[row, column].double() - output).norm() / output.norm()
+    shares = parts @ output / output.square().sum()
+    mark = query_mark((query.x, query.y))
+    if layer.agents:
+        scene, from_what = Scene((*agent_parts(layer, shares), mark)), "agent"
+    else:
+        scene, from_what = Scene((mark,), attention_heat(layer, shares.sum(0), signed=True)), "token"
+    caption = (
+        f"How far each {from_what}'s value carries the output at the marked token along its own direction (all heads): "
+        f"red with it, blue against it. Together {100 * float(shares.sum()):.1f} % of the output; the rest is of local "
+        "convolution and bias."
+    )
+    note = f"All parts add up to the layer's output but for {float(missing):.0e} of it."
+    return [Panel("contributions", "What makes the output", caption, (scene,), picture, note)]
 
 
 def picture_panel(picture: np.ndarray, query: Query) -> Panel:

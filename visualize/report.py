@@ -31,6 +31,7 @@ figure { margin: 0; background: var(--card); border-radius: 0.5rem; overflow: hi
 figure img { display: block; width: 100%; height: auto; image-rendering: auto }
 figcaption { padding: 0.6rem 0.8rem 0.8rem }
 figcaption b { display: block }
+figcaption p { margin: 0 0 0.3rem }
 table { border-collapse: collapse }
 td { padding: 0.15rem 1rem 0.15rem 0 }
 th { text-align: left; font-weight: 600 }
@@ -42,13 +43,17 @@ figcaption td, figcaption th { font-size: 0.8rem; padding-top: 0; padding-bottom
 
 @dataclass(frozen=True)
 class Picture:
-    """body: what is shown, as HTML; scale: its colour bar; numbers: its table of values, of what has them."""
+    """body: what is shown, as HTML; scale: its colour bar; numbers: its table of values, of what has them.
+
+    note: a sentence that is never folded away.
+    """
 
     title: str
     caption: str
     body: str
     scale: str = ""
     numbers: str = ""
+    note: str = ""
 
 
 def file_picture(title: str, caption: str, data: bytes, kind: str = "png") -> Picture:
@@ -59,12 +64,14 @@ def file_picture(title: str, caption: str, data: bytes, kind: str = "png") -> Pi
 
 def panel_picture(panel: Panel, size: tuple[int, int], density: float | None = None, smooth: bool = False) -> Picture:
     """A panel over the page's photo, see `svg.scenes_svg`."""
+    if any(heat.signed for heat in panel.heats):
+        density = None
     body = svg.scenes_svg(panel.scenes, size, f"{panel.title}. {panel.caption}", density, smooth)
     if not panel.heats:
-        return Picture(panel.title, panel.caption, body)
+        return Picture(panel.title, panel.caption, body, note=panel.note)
     strongest = max(panel.heats, key=lambda heat: heat.density)
     numbers = svg.largest_values(panel.heats[0])
-    return Picture(panel.title, panel.caption, body, svg.colour_bar(strongest, density), numbers)
+    return Picture(panel.title, panel.caption, body, svg.colour_bar(strongest, density), numbers, panel.note)
 
 
 @dataclass(frozen=True)
@@ -108,5 +115,10 @@ def figure_html(picture: Picture) -> str:
     """A picture with its scale and its words."""
     return (
         f"<figure>{picture.body}<figcaption><b>{escape(picture.title)}</b>{picture.scale}"
-        f"{escape(picture.caption)}{picture.numbers}</figcaption></figure>"
+        f"{note_html(picture)}{escape(picture.caption)}{picture.numbers}</figcaption></figure>"
     )
+
+
+def note_html(picture: Picture) -> str:
+    """The sentence of a picture that is never folded away, if it has one."""
+    return f"<p>{escape(picture.note)}</p>" if picture.note else ""

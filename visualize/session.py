@@ -122,17 +122,22 @@ def _capture(subject: Subject, photo: Photo) -> tuple[Image.Image, Capture]:
     return view, subject.capture(view, SECONDS)
 
 
+def query_of(choice: Choice, size: tuple[int, int]) -> panels.Query:
+    """What is asked of a picture of size (height, width)."""
+    height, width = size
+    x, y = (int(part * side // 1) for part, side in zip(choice.point, (width, height), strict=True))
+    return panels.Query(x, y, choice.stage, choice.block, choice.head)
+
+
 def answer(photo: Photo, choice: Choice) -> Answer:
     """Everything about one point of a photo. UsageError for choices that do not exist, and for what takes too long."""
     subject = subject_of(choice)
     view, capture = _capture(subject, photo)
     picture = np.asarray(view)
-    height, width = capture.size
-    x, y = (int(part * side // 1) for part, side in zip(choice.point, (width, height), strict=True))
-    query = panels.Query(x, y, choice.stage, choice.block, choice.head)
+    query = query_of(choice, capture.size)
     layers = capture.block(choice.stage, choice.block)
     shown, stages = panels.panels_of(capture, picture, query), panels.stages_at(capture, picture, query)
-    density = max(heat.density for panel in shown for heat in panel.heats) if choice.common else None
+    density = _common(shown) if choice.common else None
     looks = {"size": capture.size, "smooth": choice.smooth}
     return Answer(
         subject,
@@ -149,12 +154,25 @@ def answer(photo: Photo, choice: Choice) -> Answer:
     )
 
 
+def _common(shown: list[panels.Panel]) -> float:
+    """The greatest attention per pixel of all panels."""
+    return max(heat.density for panel in shown for heat in panel.heats if not heat.signed)
+
+
 def evidence_of(photo: Photo, choice: Choice) -> list[Picture]:
-    """Pictures of what speaks for the most probable class. UsageError without the libraries it takes."""
+    """Pictures of what speaks for the most probable class, and of what the point sees, each map put to the test.
+
+    UsageError without the libraries it takes.
+    """
     subject = subject_of(choice)
     view, capture = _capture(subject, photo)
-    shown = evidence.evidence_panels(subject, view, int(capture.logits.argmax()), EVIDENCE_SECONDS)
-    return [panel_picture(panel, capture.size) for panel in shown]
+    best = int(capture.logits.argmax())
+    shown = panels.panels_of(capture, np.asarray(view), query_of(choice, capture.size))
+    seen = [panel for panel in shown if panel.key.startswith(("composed", "token_attention"))][-1]
+    shown = [*evidence.evidence_panels(subject, view, best, EVIDENCE_SECONDS), seen]
+    trials = evidence.trials(subject, view, best, shown, EVIDENCE_SECONDS)
+    drawn = [panel_picture(panel, capture.size) for panel in shown]
+    return [picture for both in zip(drawn, trials, strict=True) for picture in both]
 
 
 def report_of(photo: Photo, found: Answer, evident: list[Picture]) -> str:

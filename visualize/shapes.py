@@ -15,6 +15,7 @@ from . import maps
 from .capture import Layer
 
 HEAT = colormaps["inferno"]
+BALANCE = colormaps["coolwarm"]
 RANKS = colormaps["plasma_r"]
 GROUPS = colormaps["tab10"]
 QUERY = "#00e5ff"
@@ -22,16 +23,28 @@ QUERY = "#00e5ff"
 
 @dataclass(frozen=True, eq=False)
 class Heat:
-    """values: (rows, columns) float64 >= 0, each for a square of `stride` pixels. unit: of the values, in words."""
+    """values: (rows, columns) float64, each for a square of `stride` pixels. unit: of the values, in words.
+
+    signed: they may lie below 0, too.
+    """
 
     values: np.ndarray
     stride: int = 1
     unit: str = "%"
+    signed: bool = False
 
     @property
     def density(self) -> float:
-        """The greatest value per pixel."""
-        return float(self.values.max()) / self.stride**2
+        """The greatest value per pixel, or the farthest from 0."""
+        return self.top / self.stride**2
+
+    @property
+    def top(self) -> float:
+        return float(np.abs(self.values).max())
+
+    def pixels(self, size: tuple[int, int]) -> np.ndarray:
+        """The value of every pixel's square: (height, width)."""
+        return self.values.repeat(self.stride, 0).repeat(self.stride, 1)[: size[0], : size[1]]
 
 
 @dataclass(frozen=True)
@@ -85,22 +98,22 @@ class Scene:
     bright: bool = False
 
 
-def attention_heat(layer: Layer, weights: Tensor) -> Heat:
+def attention_heat(layer: Layer, weights: Tensor, signed: bool = False) -> Heat:
     """A map (H, W) of shares as percentages of all attention; what lies in the padding is cut off."""
     height, width = layer.maps.tokens
-    return Heat(100 * weights[:height, :width].double().numpy(), layer.stride)
+    return Heat(100 * weights[:height, :width].double().numpy(), layer.stride, signed=signed)
 
 
 def heat_colours(heat: Heat, density: float | None = None) -> np.ndarray:
     """(rows, columns, 4) uint8: the brightest and least transparent are of `density`, or else the map's greatest."""
     top = max((heat.density if density is None else density) * heat.stride**2, np.finfo(np.float64).tiny)
-    return ramp(np.clip(heat.values / top, 0, 1))
+    return ramp(np.clip(heat.values / top, -1, 1), heat.signed)
 
 
-def ramp(shares: np.ndarray) -> np.ndarray:
-    """Shares 0..1 of the scale (...) as its colours (..., 4) uint8."""
-    colours = HEAT(shares, bytes=True)
-    colours[..., 3] = np.round(255 * 0.8 * np.sqrt(shares))
+def ramp(shares: np.ndarray, signed: bool = False) -> np.ndarray:
+    """Shares of the scale (...), from 0 or, if signed, from -1 to 1, as their colours (..., 4) uint8."""
+    colours = BALANCE((shares + 1) / 2, bytes=True) if signed else HEAT(shares, bytes=True)
+    colours[..., 3] = np.round(255 * 0.8 * np.sqrt(np.abs(shares)))
     return colours
 
 
@@ -148,3 +161,22 @@ def agent_shapes(layer: Layer, head: int | None) -> tuple[Shape, ...]:
             for number, (place, part) in enumerate(zip(stop, share, strict=True), start=1)
         ]
     return (*sorted(crosses, key=lambda cross: (cross.y, cross.x)), *lines, *dots)
+
+
+def agent_parts(layer: Layer, shares: Tensor) -> tuple[Dot, ...]:
+    """Agents at their positions by what they add (m, Ha, Wa): area says how much, red with the output, blue against."""
+    agents = layer.agents
+    ha, wa = agents.agents
+    by_group = shares[:, :ha, :wa].unflatten(0, (agents.groups, -1)).sum(1).movedim(0, -1).flatten().tolist()
+    places = maps.agent_pixels(layer)[1].flatten(0, 2).tolist()
+    largest = max(map(abs, by_group)) or 1.0
+    return tuple(
+        Dot(
+            *place,
+            700 * abs(part) / largest,
+            to_hex(BALANCE(1.0 if part > 0 else 0.0)),
+            "#ffffff",
+            f"{100 * part:.2f} %",
+        )
+        for place, part in zip(places, by_group, strict=True)
+    )

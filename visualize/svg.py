@@ -5,7 +5,7 @@ Colours of marks are written out; everything else follows the page's style.
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 import numpy as np
@@ -17,14 +17,24 @@ from .shapes import Box, Cross, Dot, Heat, Line, Scene, Shape, heat_colours, ram
 PHOTO = "photo"
 QUALITY = 88
 SMOOTH, EXACT = "auto", "pixelated"
-_BAR = ", ".join(f"rgb({r} {g} {b} / {a / 255:.2f})" for r, g, b, a in ramp(np.linspace(0, 1, 9)).tolist())
+
+
+def _gradient(signed: bool) -> str:
+    colours = ramp(np.linspace(-1 if signed else 0, 1, 9), signed).tolist()
+    stops = ", ".join(f"rgb({r} {g} {b} / {a / 255:.2f})" for r, g, b, a in colours)
+    return f"linear-gradient(to right, {stops}), #222"
+
+
 STYLE = f"""
 .scenes {{ display: grid; gap: 2px; background: #000 }}
 .scenes.four {{ grid-template-columns: 1fr 1fr }}
 .scenes svg {{ display: block; width: 100%; height: auto }}
 .scenes text {{ fill: #fff; text-anchor: middle; dominant-baseline: central; font-family: system-ui, sans-serif }}
+.chart text {{ fill: currentColor; font: 8px system-ui, sans-serif; dominant-baseline: central }}
+.chart svg {{ display: block; width: 100%; height: auto }}
 .bar {{ display: flex; gap: 0.4rem; align-items: center; font-size: 0.8rem; font-variant-numeric: tabular-nums }}
-.bar i {{ flex: 1; height: 0.6rem; border-radius: 0.3rem; background: linear-gradient(to right, {_BAR}), #222 }}
+.bar i {{ flex: 1; height: 0.6rem; border-radius: 0.3rem; background: {_gradient(False)} }}
+.bar.signed i {{ background: {_gradient(True)} }}
 """
 
 
@@ -72,10 +82,10 @@ def _scene(scene: Scene, size: tuple[int, int], words: str, density: float | Non
 
 
 def _heat(heat: Heat, density: float | None, smooth: bool) -> str:
-    """The map as a PNG of one pixel per value, with the values in 65535ths of the greatest for who points at them."""
+    """The map as a PNG of one pixel per value, with the values in 32767ths of the greatest for who points at them."""
     rows, columns = heat.values.shape
-    top = float(heat.values.max())
-    numbers = np.round(heat.values / (top or 1.0) * 65535).astype("<u2").tobytes()
+    top = heat.top
+    numbers = np.round(heat.values / (top or 1.0) * 32767).astype("<i2").tobytes()
     return (
         f'<image x="-0.5" y="-0.5" width="{columns * heat.stride}" height="{rows * heat.stride}" '
         f'preserveAspectRatio="none" style="image-rendering: {SMOOTH if smooth else EXACT}" '
@@ -109,7 +119,29 @@ def _shape(shape: Shape, unit: float) -> str:
 def colour_bar(heat: Heat, density: float | None = None) -> str:
     """The scale of a map with the values at its ends."""
     top = (heat.density if density is None else density) * heat.stride**2
-    return f'<div class="bar"><span>0</span><i></i><span>{with_unit(top, heat.unit)}</span></div>'
+    start, looks = (with_unit(-top, heat.unit), "bar signed") if heat.signed else ("0", "bar")
+    return f'<div class="{looks}"><span>{start}</span><i></i><span>{with_unit(top, heat.unit)}</span></div>'
+
+
+def chart(lines: Mapping[str, np.ndarray], words: str) -> str:
+    """Curves of values 0..1 over 0..1, by their names; those of chance are dashed. words: what they show."""
+    drawn, names = [], []
+    for number, (name, values) in enumerate(lines.items()):
+        places = enumerate(values.tolist())
+        path = " ".join(f"{20 + 170 * step / (len(values) - 1):.1f},{180 - 170 * value:.1f}" for step, value in places)
+        dashes = ' stroke-dasharray="4 4"' if "chance" in name else ""
+        looks = f'stroke="{("#0891b2", "#c2410c")[number % 2]}"{dashes}'
+        drawn.append(f'<polyline points="{path}" fill="none" stroke-width="2" {looks}/>')
+        x, y = 24 + 84 * (number // 2), 190 + 9 * (number % 2)
+        names.append(
+            f'<path d="M{x} {y}h16" stroke-width="2" {looks}/><text x="{x + 20}" y="{y}">{escape(name)}</text>'
+        )
+    ticks = "".join(f'<text x="4" y="{180 - 170 * part}">{part:g}</text>' for part in (0, 0.5, 1))
+    axes = '<path d="M20 10V180H190" fill="none" stroke="currentColor"/>'
+    return (
+        f'<div class="chart"><svg viewBox="0 0 200 205" role="img" aria-label="{escape(words)}">'
+        f"{axes}{''.join(drawn)}{''.join(names)}{ticks}</svg></div>"
+    )
 
 
 def with_unit(value: float, unit: str) -> str:
@@ -119,7 +151,7 @@ def with_unit(value: float, unit: str) -> str:
 
 def largest_values(heat: Heat, most: int = 5) -> str:
     """A table of the greatest values and the pixels in the middle of their squares."""
-    order = np.argsort(heat.values, axis=None)[::-1][:most]
+    order = np.argsort(np.abs(heat.values), axis=None)[::-1][:most]
     rows, columns = np.unravel_index(order, heat.values.shape)
     middle = [((place + 0.5) * heat.stride).astype(int).tolist() for place in (columns, rows)]
     cells = "".join(

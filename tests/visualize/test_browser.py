@@ -168,7 +168,7 @@ def test_from_a_sample_to_the_report(visit, tmp_path):
     one = visit()
     page = one.page
     shown = one.panels()
-    assert len(shown) == 4 + 4  # one of five panels shows four agents
+    assert len(shown) == 6 + 4  # one of seven panels shows four agents
     assert UNTRAINED in page.inner_text("#facts")
 
     page.click("#sample label:has-text('flower')")
@@ -192,7 +192,7 @@ def test_from_a_sample_to_the_report(visit, tmp_path):
     report.goto(path.as_uri())
     assert report.inner_text("h1") == "flower through debiformer_nano"
     assert UNTRAINED in report.inner_text("body")
-    assert report.locator("figure").count() == 10  # the picture, its five panels, and four stages
+    assert report.locator("figure").count() == 12  # the picture, its seven panels, and four stages
     assert [url for url in asked if not url.startswith("data:")] == [path.as_uri()]
 
 
@@ -203,7 +203,7 @@ def test_picture_stages_and_panels_are_on_one_screen_after_a_click(visit, page, 
     one.page.click("#picture svg", position={"x": 40, "y": 60})
     one.until_changed(before)
     assert one.page.evaluate("scrollY") == 0
-    needed = {"#picture svg": 1, "#stages button": 4, "#panels figure": 5 if width == 1280 else 2}
+    needed = {"#picture svg": 1, "#stages button": 4, "#panels figure": 7 if width == 1280 else 2}
     for selector, count in needed.items():
         boxes = [part.bounding_box() for part in one.page.locator(selector).all()[:count]]
         assert len(boxes) == count

@@ -45,8 +45,8 @@ def photo(tmp_path):
 def test_attention_and_prediction_of_a_dense_model_are_drawn(saved, photo, tmp_path, head):
     main([photo, "--checkpoint", str(saved[head]), "--stage", "1", "--query", "5,9", "--output", str(tmp_path / "out")])
     folder = tmp_path / "out" / "photo"
-    kinds = ("picture", "windows", "token_attention", "agents", "agent_reads", "composed", "overview")
-    names = [f"{kind}_5_9.png" for kind in kinds]
+    kinds = ("picture", "windows", "token_attention", "contributions", "agents", "agent_reads", "composed", "overview")
+    names = [f"{kind}_5_9.png" for kind in (*kinds, "contributions_2")]
     assert sorted(os.listdir(folder)) == sorted([*names, "layers.gif", "prediction.png", "report.html"])
     report = (folder / "report.html").read_text()
     assert f"debiformer_nano as --task {HEADS[head][1]}" in report

@@ -89,7 +89,7 @@ def visitor(page):
 
 def test_new_visitor_sees_a_photograph_and_that_the_weights_are_untrained(page, visitor):
     assert visitor.message == ""
-    assert visitor.panels.count("<figure>") == 5
+    assert visitor.panels.count("<figure>") == 7
     assert f"<strong>{UNTRAINED}</strong>" in visitor.sees[page.facts]
     assert visitor.sees[page.point] == "32,32"
 
@@ -134,7 +134,7 @@ def test_common_scale_ends_the_colour_bars_of_all_panels_at_the_greatest_value(v
 
 def scale_ends(part):
     """What stands at the right ends of the colour bars, in percent."""
-    return [float(end) for end in re.findall(r"</i><span>([\d.]+) %", part)]
+    return [float(end) for end in re.findall(r"<span>0</span><i></i><span>([\d.]+) %", part)]
 
 
 def test_overlay_is_drawn_with_the_edges_of_tokens_or_without(visitor):
@@ -178,6 +178,12 @@ def test_link_to_what_does_not_exist_shows_a_sentence_above_the_first_photograph
     visitor = Visitor(page, "lost", link)
     assert words in visitor.message
     assert visitor.panels == Visitor(page).panels
+
+
+def test_parts_of_an_output_are_said_to_add_up(visitor):
+    errors = re.findall(r"All parts add up to the layer&#x27;s output but for (\S+) of it", visitor.panels)
+    assert len(errors) == 2
+    assert all(float(error) < 1e-6 for error in errors)
 
 
 def test_report_is_the_visitors_own(page, visitor):
@@ -283,9 +289,10 @@ def test_evidence_appears_and_goes_with_its_photo(page, visitor):
     pytest.importorskip("pytorch_grad_cam", reason="grad-cam is an extra")
     pytest.importorskip("captum", reason="captum is an extra")
     visitor.do("show_evidence")
-    assert visitor.sees[page.evidence].count("<figure>") == 2
+    assert visitor.sees[page.evidence].count("Without the strongest 20 % of the picture: ") == 3
+    assert visitor.sees[page.evidence].count("<figure>") == 6
     visitor.do("click", at(3, 3))
-    assert visitor.sees[page.evidence].count("<figure>") == 2
+    assert visitor.sees[page.evidence].count("<figure>") == 6
     visitor.do("pick_sample", "flower")
     assert visitor.sees[page.evidence] == ""
 

@@ -53,9 +53,10 @@ class References(html.parser.HTMLParser):
 def test_what_is_written_for_one_image(trained, photo, tmp_path, capsys):
     main([str(photo), "--checkpoint", str(trained), "--query", "5,9", "20,20", "--output", str(tmp_path / "out")])
     folder = tmp_path / "out" / "photo"
-    kinds = ("picture", "windows", "token_attention", "agents", "agent_reads", "composed", "overview")
+    kinds = ("picture", "windows", "token_attention", "contributions", "agents", "agent_reads", "composed")
     assert sorted(os.listdir(folder)) == sorted(
-        [f"{kind}_{point}.png" for kind in kinds for point in ("5_9", "20_20")] + ["layers.gif", "report.html"]
+        [f"{kind}_{point}.png" for kind in (*kinds, "contributions_2", "overview") for point in ("5_9", "20_20")]
+        + ["layers.gif", "report.html"]
     )
     for path in folder.glob("*.png"):
         assert np.asarray(Image.open(path).convert("RGB")).std() > 5, path
@@ -64,7 +65,7 @@ def test_what_is_written_for_one_image(trained, photo, tmp_path, capsys):
     assert "UNTRAINED" not in capsys.readouterr().err
 
     report = (folder / "report.html").read_text()
-    assert len(re.findall("<figure>", report)) == 2 * 6 + 1
+    assert len(re.findall("<figure>", report)) == 2 * 8 + 1
     assert all(reference.startswith(("data:", "#photo")) for reference in References(report).found)
     assert "http" not in report.replace('http-equiv="', "")
     assert "prefers-color-scheme: dark" in report
@@ -100,10 +101,10 @@ def test_query_moves_the_picture_of_its_window(trained, photo, tmp_path):
 def test_biformer_shows_windows_and_token_attention(photo, tmp_path):
     main([str(photo), "--model", "biformer_tiny", "--stage", "2", "--head", "3", "--output", str(tmp_path)])
     names = {path.name.rsplit("_", 2)[0] for path in (tmp_path / "photo").glob("*.png")}
-    assert names == {"picture", "windows", "token_attention", "overview"}
+    assert names == {"picture", "windows", "token_attention", "contributions", "overview"}
     main([str(photo), "--model", "biformer_tiny", "--stage", "4", "--output", str(tmp_path / "full")])
     names = {path.name.rsplit("_", 2)[0] for path in (tmp_path / "full" / "photo").glob("*.png")}
-    assert names == {"picture", "token_attention", "overview"}
+    assert names == {"picture", "token_attention", "contributions", "overview"}
 
 
 def test_folder_is_shown_but_for_what_cannot_be_read(trained, tmp_path):
