@@ -77,7 +77,7 @@ def evidence_panels(subject: Subject, view: Image.Image, class_number: int, seco
             "grad_cam",
             "Grad-CAM",
             f"Where the last stage's features speak for “{name}”.",
-            (Scene(heat=Heat(cam, unit="of the strongest")),),
+            (Scene(heat=Heat(cam, unit="")),),
             picture,
         ),
         Panel(

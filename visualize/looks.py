@@ -139,8 +139,8 @@ def picture(found: Answer, link: str) -> str:
 def stages(pictures: Mapping[int, Picture], chosen: int) -> str:
     """All stages in a row; each is a button that chooses it."""
     buttons = "".join(
-        f'<li><button type="button" data-stage="{stage}" aria-pressed="{str(stage == chosen).lower()}" '
-        f'aria-label="Stage {stage}">{picture.body}<b>Stage {stage}</b>{picture.scale}</button></li>'
+        f'<li><button type="button" data-stage="{stage}" aria-pressed="{str(stage == chosen).lower()}">'
+        f"{picture.body}<b>Stage {stage}</b>{picture.scale}</button></li>"
         for stage, picture in pictures.items()
     )
     return f"<ol>{buttons}</ol>"

@@ -132,7 +132,7 @@ def chart(lines: Mapping[str, np.ndarray], words: str) -> str:
         dashes = ' stroke-dasharray="4 4"' if "chance" in name else ""
         looks = f'stroke="{("#0891b2", "#c2410c")[number % 2]}"{dashes}'
         drawn.append(f'<polyline points="{path}" fill="none" stroke-width="2" {looks}/>')
-        x, y = 24 + 84 * (number // 2), 190 + 9 * (number % 2)
+        x, y = 24 + 68 * (number // 2), 190 + 9 * (number % 2)
         names.append(
             f'<path d="M{x} {y}h16" stroke-width="2" {looks}/><text x="{x + 20}" y="{y}">{escape(name)}</text>'
         )

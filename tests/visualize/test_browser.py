@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from awkward_images import write_huge, write_text
+from support import npm_package
 
 import models  # noqa: F401
 
@@ -318,3 +319,19 @@ def test_nothing_overlaps(visit, reports, width, scheme):
     assert not scrolls_sideways(report)
     page_colour = report.evaluate("getComputedStyle(document.body).backgroundColor")
     assert page_colour == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(21, 21, 21)")
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_axe_finds_no_fault_in_contrasts_and_names(visit, width, scheme):
+    script = (npm_package("axe-core") / "axe.min.js").read_text()
+    one = visit(width=width, color_scheme=scheme)
+    one.page.locator("#panels summary").nth(1).click()
+    field = one.page.locator("#point input, #point textarea")
+    field.fill("1000,1")
+    field.press("Enter")
+    one.page.wait_for_selector("#message [role=alert]")
+    one.settle()
+    one.page.evaluate(script)
+    # The place to drop a file is Gradio's own, and its name is not the words on it.
+    found = one.page.evaluate("axe.run({ exclude: '#upload' }).then(result => result.violations)")
+    assert [(fault["id"], fault["help"], [node["html"] for node in fault["nodes"]]) for fault in found] == []
