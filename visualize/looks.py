@@ -42,7 +42,7 @@ h1 { font-size: 1.35rem; font-weight: 700; margin: 0; color: var(--body-text-col
 .panels summary { cursor: pointer }
 .panels output { position: absolute; right: 0.6rem; font-variant-numeric: tabular-nums }
 .panels table, .predictions { border-collapse: collapse; font-variant-numeric: tabular-nums }
-.panels th, .panels td { text-align: left; padding-right: 1rem }
+.panels th, .panels td { text-align: left; padding-right: 0.6rem; white-space: nowrap }
 .alarm { border: 2px solid #c00026; border-radius: 0.5rem; padding: 0.2rem 0.7rem; color: #c00026 }
 .dark .alarm { color: #ff8794; border-color: #ff8794 }
 .alarm strong { color: inherit; margin-right: 0.5rem }
