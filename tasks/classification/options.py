@@ -17,7 +17,7 @@ class AugmentationOptions:
     augment_on: str = option(
         "worker",
         "what flips images and does what --aa draws: the loader's workers, or the device, in batches; random numbers "
-        "are the same, pixels differ by roundings, and by 0.3 of 255 on average where an image is turned or shifted",
+        "are the same, pixels differ by roundings, and are a little softer where an image is turned or shifted",
         choices=("worker", "device"),
     )
     smoothing: float = option(0.1, "label smoothing", at_least=0, below=1)
