@@ -5,6 +5,7 @@ python -m benchmarks.floors --model biformer_tiny --all    also every block that
 python -m benchmarks.floors --kernels masked routed.back   only kernels whose names begin so
 python -m benchmarks.floors --choose                       writes the lowest floors to models/ops/launches.json
 python -m benchmarks.floors --write                        also writes benchmarks/results/
+python -m benchmarks.floors --beside convnext_tiny         modelled, beside another model than swin_tiny
 
 Every Triton launch is compiled at its real shape. Its roof: the bytes of its inputs and outputs, each once, at the
 bandwidth of a copy. Its floor: the instructions that its warps issue, and the operations of its matrix instructions, at
@@ -27,9 +28,11 @@ from runtime.errors import exit_on_error
 from . import launch_path_triton
 from .markdown import table
 from .measure import DTYPES, RESULTS, describe_machine, write_result
+from .step_model import step_seconds
 from .trace import Call, run_body, trace
 
 TASKS = ("inference", "training")
+PEER = "swin_tiny_patch4_window7_224"
 
 
 @dataclass(frozen=True)
@@ -145,6 +148,12 @@ def summary(calls: Sequence[Call], rows: Sequence[dict[str, Any]]) -> dict[str, 
     }
 
 
+def modelled(calls: Sequence[Call], rows: Sequence[dict[str, Any]], architecture: int) -> float:
+    """Seconds that the whole step would take, PyTorch's operators among it (see `step_model`)."""
+    floors = [(row["times"], time_of(row)) for row in rows if row["chosen"]]
+    return step_seconds(calls, floors, GPUS[architecture])
+
+
 HEADER = ("kernel", "shape", "times", "block", "programs", "roof (us)", "issue (us)", "matrix (us)")
 HEADER += ("registers", "spilled (B)", "warps/SM")
 
@@ -176,9 +185,19 @@ def report(result: dict[str, Any]) -> str:
             "Python takes {:.1f} ms from our operators to their launches, {:.1f} ms of them for attention.".format(
                 *(1e3 * seconds for seconds in launch_path_triton.sums(part["python"]))
             ),
+            *modelled_lines(part.get("modelled", {}), result["batch_size"]),
             table(HEADER, [cells(row) for row in part["rows"]], text_columns=2),
         ]
     return "\n\n".join(parts)
+
+
+def modelled_lines(seconds: dict[str, float], batch_size: int) -> list[str]:
+    """A paragraph on steps of these models, the first one's first."""
+    if not seconds:
+        return []
+    (own, *_), peers = seconds.values(), list(seconds.items())[1:]
+    beside = "".join(f"; {name} {1e3 * time:.1f} ms, {time / own:.2f} times as long" for name, time in peers)
+    return [f"The whole step, eager, modelled: {1e3 * own:.1f} ms, {batch_size / own:.0f} images/s{beside}."]
 
 
 def best_blocks(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, list[int]]]:
@@ -201,6 +220,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "benchmarks.floors", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default="debiformer_tiny", help="of this project or of timm")
+    parser.add_argument("--beside", nargs="*", default=[PEER], help="models of timm, modelled, too")
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=TASKS)
     parser.add_argument("--architecture", type=int, choices=tuple(GPUS), default=90, help="compute capability")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
@@ -219,6 +239,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = measure(calls, args.architecture, args.all or args.choose, tuple(args.kernels))
         python = launch_path_triton.python_seconds(args.model, task, args.size, DTYPES[args.dtype])
         tasks[task] = {"summary": summary(calls, rows), "python": python, "rows": rows}
+        if args.kernels == [""]:
+            steps = {name: trace(name, task, args.batch_size, args.size, DTYPES[args.dtype]) for name in args.beside}
+            peers = {name: modelled(calls, [], args.architecture) for name, calls in steps.items()}
+            tasks[task]["modelled"] = {args.model: modelled(calls, rows, args.architecture), **peers}
     if args.choose:
         known = launch_triton.read_table(launch_triton.TABLE)
         for kernel, sizes in best_blocks(row for part in tasks.values() for row in part["rows"]).items():

@@ -13,6 +13,7 @@ from unittest import mock
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import set_fused_attn
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -105,7 +106,14 @@ def _as_on_a_gpu(device: str) -> Iterator[None]:
         with torch.autocast(device, enabled=False):
             return layer_norm(x.float(), shape, weight, bias, eps)
 
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Any = None, dropout: float = 0.0, **options: Any) -> Tensor:
+        if mask is not None:
+            mask = mask.expand(*q.shape[:-1], k.shape[-2])
+        training = q.requires_grad
+        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, training, dropout)[0]
+
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention))
         stack.enter_context(mock.patch.object(backend, "triton_obstacle", return_value=None))
         stack.enter_context(mock.patch.object(maps, "_ONEDNN", False))
         stack.enter_context(mock.patch.object(maps, "_writes_float32", return_value=True))
@@ -121,8 +129,10 @@ def trace(name: str, task: str, batch_size: int, size: int = 224, dtype: torch.d
     First those that the model asks for, then those that the bodies of ours ask for.
     """
     device = "cuda" if task == "inference" else "cpu"
+    set_fused_attn(True, experimental=True)  # the fastest that models of timm have
     with torch.device("meta"):
         model = timm.create_model(name)
+    set_fused_attn(True)
     model = model.to(memory_format=torch.channels_last)
     model = model.eval().to(dtype) if task == "inference" else model.train()
     recorder = _Recorder()

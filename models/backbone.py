@@ -242,10 +242,12 @@ class Backbone(nn.Module):
         for stage in range(last_taken + 1 if stop_early else len(self.stages)):
             x = self.forward_stage(stage, x)
             if stage in taken:
-                intermediates.append(self.norm(x) if norm and stage == last else x)
-        if intermediates_only:
-            return intermediates
-        return (self.norm(x) if stage == last else x), intermediates
+                intermediates.append(x)
+        if stage == last and (norm or not intermediates_only):
+            x = self.norm(x)  # once, for BatchNorm counts what it sees
+            if norm and last in taken:
+                intermediates[-1] = x
+        return intermediates if intermediates_only else (x, intermediates)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True

@@ -21,7 +21,7 @@ from torch import Tensor
 from .tiles_triton import INTERPRETED
 
 TABLE = Path(__file__).with_name("launches.json")
-OF_A_CLASS = ("HEAD_DIM", "KERNEL", "WITH_DQ")
+OF_A_CLASS = ("HEAD_DIM", "KERNEL", "WITH_DQ", "GELU")
 """Constants by which kernels are tuned, where they have them."""
 
 

@@ -251,6 +251,14 @@ def test_forward_intermediates(name):
     assert torch.equal(only[1], last)
 
 
+@pytest.mark.parametrize("only", [False, True])
+def test_forward_intermediates_counts_a_batch_once_in_training(only):
+    model = create("debiformer_nano").train()
+    model.forward_intermediates(square_images(64), norm=True, intermediates_only=only)
+    counts = {int(m.num_batches_tracked) for m in model.modules() if isinstance(m, torch.nn.BatchNorm2d)}
+    assert counts == {1}
+
+
 @cheap_models
 @torch.no_grad()
 def test_stop_early_runs_no_later_stage(name):

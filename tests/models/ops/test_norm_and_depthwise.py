@@ -37,10 +37,10 @@ FUNCTIONS = {
     "depthwise": (lambda x, w, b: ops.depthwise(x, w, b), [normal(1, 3, 18, 16), *convolution(16, 5)]),
     "without-bias": (lambda x, w: ops.depthwise(x, w, None, x), [normal(2, 5, 6, 20), convolution(20, 3)[0]]),
     "plus-itself": (lambda x, w, b: ops.depthwise(x, w, b, x), [normal(2, 5, 6, 20), *convolution(20, 3)]),
-    "gelu": (lambda x, w, b: ops.depthwise(x, w, b, x, gelu=True), [normal(2, 5, 6, 20), *convolution(20, 3)]),
+    "gelu": (lambda x, w, b: ops.depthwise(x, w, b, x, gelu=True), [normal(2, 9, 5, 20), *convolution(20, 3)]),
     "plus-another": (
         lambda x, w, b, y: ops.depthwise(x, w, b, y),
-        [normal(1, 3, 18, 16), *convolution(16, 5), normal(1, 3, 18, 16, seed=1)],
+        [normal(1, 15, 5, 16), *convolution(16, 5), normal(1, 15, 5, 16, seed=1)],
     ),
     "positions": (
         lambda x, w, b, p: ops.positions_of_features(x, w, b, 1e-5, p),
