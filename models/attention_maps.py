@@ -81,8 +81,8 @@ class RoutedMaps(AttentionMaps):
 
     def token_attention(self, row: int, column: int) -> Tensor:
         """A token's attention to the tokens of its window's routed windows (arXiv 2303.08810, eqs. 5-6): (m, H, W)."""
-        window = self.idx.new_tensor([self.window_of(row, column)])
-        return self._attend(self.q[row, column][None], window)[:, 0]
+        routed = self.idx[self.window_of(row, column)]
+        return self._attend(self.q[row, column][None], routed[None])[:, 0]
 
     def contributions(self, row: int, column: int) -> Tensor:
         """What each head adds to the layer's output at a token from each token: (m, H, W, C).
@@ -96,12 +96,11 @@ class RoutedMaps(AttentionMaps):
         by_head = (self.values.unflatten(-1, (self.num_heads, -1)) * shares.movedim(0, -1)[..., None]).movedim(-2, 0)
         return torch.einsum("m...d,cmd->m...c", by_head, self.weight.unflatten(1, (self.num_heads, -1)))
 
-    def _attend(self, queries: Tensor, windows: Tensor) -> Tensor:
-        """Attention of queries (n, C) in windows (n,) to the tokens: (m, n, H, W), zero where not routed to."""
+    def _attend(self, queries: Tensor, routed: Tensor) -> Tensor:
+        """Attention of queries (n, C) to the tokens of windows (n, k): (m, n, H, W), zero in others."""
         n, m = len(queries), self.num_heads
         keys = ops.to_windows(self.k[None], self.n_win)[0]  # (P, w, C)
         p, w, _ = keys.shape
-        routed = self.idx[windows]  # (n, k)
         gathered = keys[routed].flatten(1, 2).unflatten(-1, (m, -1)).transpose(1, 2)  # (n, m, k*w, C/m)
         by_head = queries.unflatten(-1, (m, -1))[:, :, None]  # (n, m, 1, C/m)
         weights = (self.scale * by_head @ gathered.mT)[:, :, 0].softmax(-1)
@@ -149,7 +148,7 @@ class AgentMaps(RoutedMaps):
 
     def agent_reads(self) -> Tensor:
         """Every agent's attention to the tokens of its routed windows: (m, Ha, Wa, H, W)."""
-        maps = self._attend(self.agent_q.flatten(0, 1), self.agent_windows().flatten())
+        maps = self._attend(self.agent_q.flatten(0, 1), self.idx[self.agent_windows().flatten()])
         return maps.unflatten(1, self.agent_q.shape[:2])
 
     def token_to_agents(self) -> Tensor:

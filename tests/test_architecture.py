@@ -26,8 +26,8 @@ MAY_IMPORT = {
     "hubconf": {"models"},
     "slurm": set(),
     "docs": set(),
-    "visualize": BELOW_MAIN,
-    "tools": BELOW_MAIN | {"main", "visualize"},
+    "visualize": BELOW_MAIN | {"tools"},
+    "tools": BELOW_MAIN,
     "benchmarks": BELOW_MAIN | {"main", "tools", "visualize"},
 }
 """What each folder, and each module beside them, may import of the others."""

@@ -47,7 +47,7 @@ def export_onnx(loaded: Loaded, path: Path) -> float:
     Returns how far onnxruntime's logits are off, see `largest_difference`. UsageError if a package is missing or torch
     cannot export the model.
     """
-    need("onnx", ONNX_PACKAGES)
+    need("--format onnx", ONNX_PACKAGES)
     write_onnx(loaded, path)
     session = importlib.import_module("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
     return largest_difference(loaded, lambda images: session.run(None, {"images": images})[0])
@@ -58,7 +58,7 @@ def export_openvino(loaded: Loaded, path: Path) -> float:
 
     Returns how far OpenVINO's logits are off, as `export_onnx` does. UsageError likewise.
     """
-    need("openvino", ("onnx", "onnxscript", "openvino"))
+    need("--format openvino", ("onnx", "onnxscript", "openvino"))
     openvino = importlib.import_module("openvino")
     path.mkdir()
     with tempfile.TemporaryDirectory() as folder:
@@ -70,11 +70,11 @@ def export_openvino(loaded: Loaded, path: Path) -> float:
     return largest_difference(loaded, lambda images: compiled(images)[0])
 
 
-def need(kind: str, packages: Sequence[str]) -> None:
-    """UsageError, naming what to install, unless a format's packages are there."""
+def need(what: str, packages: Sequence[str]) -> None:
+    """UsageError, naming what to install, unless the packages that `what` takes are there."""
     missing = [name for name in packages if find_spec(name) is None]
     if missing:
-        raise UsageError(f"--format {kind} needs {', '.join(missing)}: pip install {' '.join(missing)}")
+        raise UsageError(f"{what} needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def write_onnx(loaded: Loaded, path: Path) -> None:

@@ -50,18 +50,21 @@ def write(model: nn.Module, size: int, path: Path) -> None:
     And for any height and width, where the model is this project's; others' take images of size x size pixels.
     torch.onnx.OnnxExporterError if torch cannot export the model.
     """
-    quiet = contextlib.ExitStack()
-    quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
-    quiet.enter_context(warnings.catch_warnings())
-    # ONNX has no strides, which fused attention would leave in the graph.
-    quiet.enter_context(sdpa_kernel(SDPBackend.MATH))
-    with quiet:
-        warnings.simplefilter("ignore")
+    with exporting():
         if isinstance(model, Backbone):
             program = chained(_programs(model))
         else:
             program = exported(model, torch.zeros(2, 3, size, size), varied=(0,))
     save(program, ("height", "width") if isinstance(model, Backbone) else (size, size), path)
+
+
+@contextlib.contextmanager
+def exporting() -> Iterator[None]:
+    """Within the block, torch.onnx says nothing, and finds no fused attention, which would leave strides in a graph."""
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with sdpa_kernel(SDPBackend.MATH), quiet, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def save(program: "onnx_ir.Model", sides: tuple[str | int, str | int], path: Path) -> None:
