@@ -1,12 +1,15 @@
 """The comparison of teachers: what is trained, what is not trained again, and what the page says."""
 
 import json
+import re
+import statistics
 
 import pytest
-from support import complaint
+from support import ROOT, complaint
 
 import main
 from benchmarks import teachers
+from benchmarks.measure import RESULTS
 from tools import make_clutter
 
 SMALL = {"model_kwargs": {"embed_dims": [16, 32, 48, 64], "depths": [1, 1, 1, 1]}}
@@ -73,3 +76,13 @@ def test_forms_are_told_apart_by_their_outline_alone():
     assert all(300 < mask.sum() < 2000 for mask in masks)
     overlaps = [(a & b).sum() / (a | b).sum() for n, a in enumerate(masks) for b in masks[:n]]
     assert max(overlaps) < 0.9
+
+
+def test_document_tells_what_was_measured():
+    page = (ROOT / "docs/DISTILLATION.md").read_text()
+    sets = json.loads((RESULTS / "teachers-cpu.json").read_text())["sets"]
+    for title, name in (("forms in clutter", "clutter"), ("digits", "digits")):
+        (row,) = re.findall(rf"^\| {title}, .* teacher ([\d.]+) \| (.*) \|$", page, re.M)
+        students = sets[name]["students"].values()
+        cells = [f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}" for values in students]
+        assert row == (f"{sets[name]['teacher']:.1f}", " | ".join(cells))
