@@ -234,6 +234,8 @@ class LocalCluster:
         def reached() -> bool:
             nonlocal state
             state = self.job(job_id)["JobState"]
+            if state == "PENDING":
+                self._revive()
             return state in states
 
         _wait_until(reached, timeout, f"job {job_id} to be {' or '.join(states)}", lambda: f"it is {state}")
@@ -352,8 +354,20 @@ PartitionName=high Nodes={nodes} MaxTime=INFINITE PriorityTier=10 PreemptMode=OF
     def _idle(self) -> bool:
         if not self._answers():
             return False
+        self._revive()
         states = self.call("sinfo", "--noheader", "--Node", "--partition=main", "--format=%N %T")
         return sorted(states.splitlines()) == sorted(f"{name} idle" for name in self.nodes)
+
+    def _revive(self) -> None:
+        """Give back nodes that Slurm has drained because a step would not end.
+
+        SIGKILL ends every process; what hung was Slurm's own supervisor of the step, as it rarely does when a job is
+        requeued at the moment at which it ends.
+        """
+        drained = self.call("sinfo", "--noheader", "--Node", "--states=drain", "--format=%N|%E")
+        for name, _, reason in {line.partition("|") for line in drained.splitlines()}:
+            if reason == "Kill task failed":
+                self.call("scontrol", "update", f"NodeName={name}", "State=RESUME")
 
     def _failure(self) -> str:
         logs = sorted((self.root / "log").glob("*.log"))

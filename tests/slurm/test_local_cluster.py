@@ -70,6 +70,14 @@ def test_high_partition_preempts(cluster, tmp_path):
     assert text.index("none") < text.index("saved") < text.index("restarts: 1")
 
 
+def test_node_whose_step_slurm_took_for_unkillable_is_given_back(cluster, tmp_path):
+    cluster.call("scontrol", "update", "NodeName=node1", "State=DRAIN", "Reason=Kill task failed")
+    job = cluster.submit("-N2", "--wrap", "true", cwd=tmp_path)
+    assert cluster.wait_for_state(job, "COMPLETED") == "COMPLETED"
+    cluster.call("scontrol", "update", "NodeName=node1", "State=DRAIN", "Reason=Kill task failed")
+    cluster.cancel_all()
+
+
 def test_sacct_stand_in_answers(cluster):
     job = cluster.submit("--output=/dev/null", "--wrap", "true")
     failed = cluster.submit("--output=/dev/null", "--wrap", "exit 3")
