@@ -14,9 +14,10 @@ from tools import make_photos, predict
 
 
 def commands():
-    """The README's three commands, as lists of words."""
+    """The README's first three commands, as lists of words."""
     text = (ROOT / "README.md").read_text().partition("### Your own images")[2].partition("###")[0]
-    return [shlex.split(line) for line in re.findall(r"^    (python .*)$", text, re.MULTILINE)]
+    example = re.search(r"(?:^    python .*\n)+", text, re.MULTILINE)[0]
+    return [shlex.split(line) for line in example.splitlines()]
 
 
 def test_photos_are_the_same_every_time(tmp_path):
