@@ -169,10 +169,13 @@ def _is_unchanged(root: str, stamps: Stamps) -> bool:
 # -- the cache
 
 
+def _name(root: str, version: str) -> str:
+    return f"files-{hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()[:24]}-{version}.safetensors"
+
+
 def _versions(root: str) -> list[Path]:
     """Files of lists of a folder, the last used one first."""
-    key = hashlib.sha256(os.fsencode(os.path.abspath(root))).hexdigest()[:24]
-    found = [(path.stat().st_mtime, path) for path in cache_folder().glob(f"files-{key}-*.safetensors")]
+    found = [(path.stat().st_mtime, path) for path in cache_folder().glob(_name(root, "*"))]
     return [path for _, path in sorted(found, reverse=True)]
 
 
@@ -205,11 +208,10 @@ def _about(listing: Listing) -> str:
 
 def _file_of(listing: Listing) -> Path:
     """The file that holds this list and no other: where one is mapped, it is never overwritten."""
-    key = hashlib.sha256(os.fsencode(os.path.abspath(listing.root))).hexdigest()[:24]
     content = hashlib.sha256(_about(listing).encode())
     content.update(listing.ends.data)
     content.update(listing.text.data)
-    return cache_folder() / f"files-{key}-{content.hexdigest()[:24]}.safetensors"
+    return cache_folder() / _name(listing.root, content.hexdigest()[:24])
 
 
 def _keep(listing: Listing) -> Listing:
