@@ -51,6 +51,11 @@ def move(name: str, amount: float, size: tuple[int, int]) -> tuple[tuple[float, 
     return tuple(rows[0]), tuple(rows[1])
 
 
+def operations_of(part: RandAugment | AutoAugment) -> list[AugmentOp]:
+    """All operations that a policy may draw."""
+    return part.ops if isinstance(part, RandAugment) else [op for ops in part.policy for op in ops]
+
+
 # -- in a worker ---------------------------------------------------------------------------------------------------
 
 
@@ -104,11 +109,8 @@ class DrawnTransform:
         for part in parts:
             if isinstance(part, RandomHorizontalFlip):
                 self.flip = part.p
-            elif isinstance(part, RandAugment):
-                self._note(part.ops, policy, side)
-                self.drawing.append(part)
-            elif isinstance(part, AutoAugment):
-                self._note([op for ops in part.policy for op in ops], policy, side)
+            elif isinstance(part, RandAugment | AutoAugment):
+                self._note(operations_of(part), policy, side)
                 self.drawing.append(part)
             elif isinstance(part, ColorJitter):
                 part.__class__ = NotedJitter

@@ -15,7 +15,7 @@ from torchvision.ops import roi_align
 from torchvision.transforms import Compose, RandomHorizontalFlip
 
 from runtime.errors import UsageError
-from tasks.classification.augmentation import IDENTITY, MOVES, move
+from tasks.classification.augmentation import IDENTITY, MOVES, move, operations_of
 from tasks.classification.transforms import RandomCrop
 
 
@@ -63,9 +63,9 @@ class MapTransform:
             elif isinstance(part, RandomHorizontalFlip):
                 part.__class__, self.flip = RecordedFlip, part
             elif isinstance(part, RandAugment):
-                self._record(part.ops, part.num_layers)
+                self._record(operations_of(part), part.num_layers)
             elif isinstance(part, AutoAugment):
-                self._record([op for ops in part.policy for op in ops], max(map(len, part.policy)))
+                self._record(operations_of(part), max(map(len, part.policy)))
             elif "Aug" in type(part).__name__:
                 raise UsageError(f"--aa {policy} blends several views of an image, no place of which is one place")
         if not hasattr(self, "crop"):
