@@ -6,7 +6,6 @@ Every attention module here takes and returns (B, H, W, C).
 
 from collections.abc import Callable
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
@@ -52,7 +51,10 @@ def attend_routed_windows(router: Router, q: Tensor, k: Tensor, v: Tensor, num_h
     """Route windows, then let each query attend to the tokens of its window's routed windows.
 
     q: (B, Hq, Wq, C); k, v: (B, H, W, C); all sides multiples of `router.n_win`. Returns (B, Hq, Wq, C).
+    Where all windows are routed that is plain attention, and nothing is chosen.
     """
+    if router.topk == router.n_win**2:
+        return ops.full_attention(q, k, v, num_heads, router.scale)
     return ops.routed_attention(q, k, v, choose_windows(router, q, k), router.n_win, num_heads, router.scale)
 
 
@@ -117,12 +119,9 @@ class FullAttention(nn.Module):
         self.proj = linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(x)
-        source = qkv.chunk(3, dim=-1)[2] if self.lepe_on_values else x
-        qkv = qkv.flatten(1, 2).unflatten(-1, (3, self.num_heads, -1))  # (B, H*W, 3, m, C/m)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
-        return self.proj(self.lepe(source, residual=out))
+        q, k, v = self.qkv(x).chunk(3, dim=-1)
+        out = ops.full_attention(q, k, v, self.num_heads)
+        return self.proj(self.lepe(v if self.lepe_on_values else x, residual=out))
 
     def attention_maps(self, x: Tensor) -> RoutedMaps:
         """The exact maps of one image (1, H, W, C)."""

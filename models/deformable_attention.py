@@ -4,14 +4,13 @@ Letters: B batch, H x W map, C channels, Ha x Wa agent grid, g offset groups, m 
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
 from .attention import Router, attend_routed_windows, check_heads, choose_windows
 from .attention_maps import AgentMaps, one_image
 from .attention_table import register_attention
-from .layers import QKV, AddNorm, ConvMlp, DepthwiseConv, PointwiseConv, to_nchw, to_nhwc
+from .layers import QKV, AddNorm, ConvMlp, DepthwiseConv, PointwiseConv
 
 
 class _KeyedNorm(nn.Module):
@@ -44,10 +43,7 @@ class OffsetNetwork(nn.Sequential):
     def forward(self, q: Tensor) -> Tensor:
         """(B, H, W, C) -> positions (B, Ha, Wa, g, 2)."""
         conv, norm, project = self[0], self[1].norm, self[3]
-        # One convolution over all C channels with the kernel repeated per group: no group axis in the batch.
-        weight = conv.weight.repeat(self.groups, 1, 1, 1)
-        x = F.conv2d(to_nchw(q), weight, None, conv.stride, conv.padding, groups=q.shape[-1])
-        x = to_nhwc(x).unflatten(-1, (self.groups, -1))
+        x = conv(q).unflatten(-1, (self.groups, -1))
         return ops.positions_of_features(x, norm.weight, norm.bias, norm.eps, project.weight.flatten())
 
 
@@ -111,14 +107,13 @@ class DeformableAgentAttention(nn.Module):
 
         positions = self.conv_offset_q(q)
         agents = ops.sample_agents(x, positions)
-        lepe = self.lepe1(v)
         # Agents added by padding are zeros at the map's centre and stay in the attention: released dense models
         # were trained with them.
-        positions, agents, lepe = (ops.pad_to_multiple(t, n_win) for t in (positions, agents, lepe))
+        positions, agents = (ops.pad_to_multiple(t, n_win) for t in (positions, agents))
 
         agent_q = self.proj_q(agents)
-        read = attend_routed_windows(self.router, agent_q, k, v, self.num_heads)
-        agents, normed = self.norm2(agents, self.unifyheads1(read + lepe))
+        read = self.lepe1(v, residual=attend_routed_windows(self.router, agent_q, k, v, self.num_heads))
+        agents, normed = self.norm2(agents, self.unifyheads1(read))
         _, agents = self.norm(agents, self.mlp(normed))
         return q, k, positions, agent_q, agents
 

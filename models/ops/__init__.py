@@ -14,7 +14,7 @@ from .deformable import (
     sample_agents,
 )
 from .maps import add_norm, copied_for_autocast, depthwise, pointwise
-from .routed import route_maps, route_windows, routed_attention
+from .routed import full_attention, route_maps, route_windows, routed_attention
 from .windows import from_windows, pad_to_multiple, pool_windows, split_side, to_windows, window_means
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "deformable_attention",
     "depthwise",
     "from_windows",
+    "full_attention",
     "pad_to_multiple",
     "pointwise",
     "pool_windows",

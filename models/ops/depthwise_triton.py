@@ -83,6 +83,18 @@ def _normal(x):
 
 
 @triton.jit
+def _gelu_in_half(x):
+    """x times the standard normal distribution up to x, for maps in half precision; to 3e-6.
+
+    The distribution is a logistic function of x (c0 + c1 x**2 + ..), fitted to the least error: two thirds of the
+    instructions of `_normal`.
+    """
+    square = tl.minimum(x * x, 25.0)
+    slope = 0.10522669 + square * (-3.6027517e-4 + square * (-8.8238418e-5 + square * 3.229023e-6))
+    return x / (1.0 + tl.exp2(-x * (2.3020454 + square * slope)))
+
+
+@triton.jit
 def _bias(bias_ptr, channel, channels, BIAS: tl.constexpr):
     """(1, N) in float32."""
     if BIAS:
@@ -115,9 +127,11 @@ def _forward(
             out = _convolved(pixels, weights, bias, (step - KERNEL + 1) * KERNEL, KERNEL * KERNEL)
             if RESIDUAL == 2:
                 out += _pixels(residual_ptr, residual_token, row, column, height, width, channel, channels)
-            if GELU:
+            if GELU and out_ptr.dtype.element_ty == tl.float32:
                 below, _ = _normal(out)
                 out *= below
+            elif GELU:
+                out = _gelu_in_half(out)
             at = ((image * height + row) * width + column)[:, None] * channels + channel[None, :]
             exists = ((column < width) & (row < height))[:, None] & (channel < channels)[None, :]
             tl.store(out_ptr + at, rounded(out, out_ptr.dtype.element_ty), mask=exists)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .backend import choose_backend
 from .operators import differentiable
+from .windows import pad_to_sides
 
 _ONEDNN = torch.backends.mkldnn.is_available()
 
@@ -120,26 +121,30 @@ def depthwise(
 
     Args:
         x: (B, H, W, C).
-        weight: (C, 1, k, k), k odd; a side s becomes ceil(s / stride).
-        residual: x itself or another map like it, which is added.
+        weight, bias: (C/g, 1, k, k), k odd, and (C/g), for g groups of channels alike.
+        residual: x itself or another map, which is added; where it reaches beyond the convolution's last row or column
+            nothing is added to it, and act is nothing.
         gelu: whether act is GELU (exact), or nothing.
+        stride: a side s becomes ceil(s / stride).
 
     Returns:
-        (B, ceil(H / stride), ceil(W / stride), C).
+        (B, ceil(H / stride), ceil(W / stride), C), or like the residual.
     """
-    channels, _, size, _ = weight.shape
-    if choose_backend(None, x) == "triton" and size <= 5 and stride == 1:
-        bias = weight.new_empty(0) if bias is None else bias
-        if residual is None or residual is x:
-            return _convolve(x, weight, bias, residual is x, gelu)
+    channels, size, groups, itself = x.shape[-1], weight.shape[-1], x.shape[-1] // weight.shape[0], residual is x
+    if choose_backend(None, x) == "triton" and (_in_bands(x, weight, stride) or not (itself or gelu)):
+        none = weight.new_empty(0)
+        bias = none if bias is None else bias
+        if residual is None or itself:
+            return _convolve(x, weight, bias, none, itself, gelu, stride)
         if not gelu:
             dtype = torch.promote_types(x.dtype, residual.dtype)
-            return _convolve_and_add(x.to(dtype), weight, bias, residual.to(dtype))
-    maps = x.permute(0, 3, 1, 2)
-    if residual is x and _merges(x):
+            return _convolve(x.to(dtype), weight, bias, residual.to(dtype), False, False, stride)
+    if itself and _merges(x):
         weight, residual = weight + F.pad(weight.new_ones(1, 1), [size // 2] * 4), None
-    out = F.conv2d(maps, weight, bias, stride, size // 2, groups=channels).permute(0, 2, 3, 1)
-    out = out if residual is None else residual + out
+    if groups > 1:
+        weight, bias = weight.repeat(groups, 1, 1, 1), None if bias is None else bias.repeat(groups)
+    out = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, size // 2, groups=channels).permute(0, 2, 3, 1)
+    out = out if residual is None else residual + pad_to_sides(out, residual.shape[1:3])
     return F.gelu(out) if gelu else out
 
 
@@ -166,45 +171,49 @@ def add_norm(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps
 # -- operators on GPUs; a bias that is missing is empty ------------------------------------------------------------
 
 
-def _convolve_forward(x: Tensor, weight: Tensor, bias: Tensor, itself: bool, gelu: bool) -> Tensor:
-    from . import depthwise_triton
+def _in_bands(x: Tensor, weight: Tensor, stride: int, residual: Tensor | None = None) -> bool:
+    """Whether the faster kernels can be taken, which read a row of the map once for all that it meets."""
+    alike = residual is None or residual.numel() == 0 or residual.shape == x.shape
+    return stride == 1 and weight.shape[-1] <= 5 and weight.shape[0] == x.shape[-1] and alike
 
-    return depthwise_triton.forward(x, weight, bias, x if itself else None, gelu)
+
+def _convolve_forward(
+    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, itself: bool, gelu: bool, stride: int
+) -> Tensor:
+    from . import depthwise_triton, strided_triton
+
+    if not _in_bands(x, weight, stride, residual):
+        return strided_triton.forward(x, weight, bias, residual, stride)
+    added = x if itself else residual if residual.numel() else None
+    return depthwise_triton.forward(x, weight, bias, added, gelu)
 
 
 def _convolve_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor, itself: bool, gelu: bool
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    out: Tensor,
+    itself: bool,
+    gelu: bool,
+    stride: int,
 ) -> tuple[Tensor, Tensor]:
-    from . import depthwise_triton
+    from . import depthwise_triton, strided_triton
 
+    if not _in_bands(x, weight, stride, residual):
+        return strided_triton.backward(grad, x, weight, bias, stride)
     return depthwise_triton.backward(grad, x, weight, bias, itself, gelu)
 
 
+def _convolved_like(x: Tensor, _weight: Tensor, _bias: Tensor, residual: Tensor, *options: Any) -> Tensor:
+    stride = options[-1]
+    sides = residual.shape[1:3] if residual.numel() else [(side + stride - 1) // stride for side in x.shape[1:3]]
+    return x.new_empty((x.shape[0], *sides, x.shape[3]))
+
+
 _convolve = differentiable(
-    *("depthwise", _convolve_forward, _convolve_backward, lambda x, *_: x.new_empty(x.shape)),
-    gradients=range(3),
-    packed=2,
-)
-
-
-def _convolve_and_add_forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-    from . import depthwise_triton
-
-    return depthwise_triton.forward(x, weight, bias, residual, gelu=False)
-
-
-def _convolve_and_add_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, out: Tensor
-) -> tuple[Tensor, Tensor]:
-    from . import depthwise_triton
-
-    return depthwise_triton.backward(grad, x, weight, bias, itself=False, gelu=False)
-
-
-_convolve_and_add = differentiable(
-    *("depthwise_add", _convolve_and_add_forward, _convolve_and_add_backward, lambda x, *_: x.new_empty(x.shape)),
-    gradients=(0, 1, 2, -1),
-    packed=2,
+    *("depthwise", _convolve_forward, _convolve_backward, _convolved_like), gradients=(0, 1, 2, -1), packed=2
 )
 
 

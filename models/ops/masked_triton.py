@@ -66,7 +66,7 @@ def _forward(
     q_ptr, k_ptr, v_ptr, barred_ptr, hot_ptr, out_ptr, lse_ptr,
     q_image, k_image, v_image, q_token, k_token, v_token,
     windows, across, num_heads, queries, keys, q_width, q_window_h, q_window_w, scale,
-    MASK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % num_heads
@@ -77,10 +77,9 @@ def _forward(
     first = head * HEAD_DIM
     channel = tl.arange(0, BLOCK_D)
     q = load_rows(q_ptr + image * q_image + first, query * q_token, is_query, channel, HEAD_DIM, BLOCK_D)
-    if MASK:
-        query_window = image * windows + _window(query, q_width, across, q_window_h, q_window_w)
-        marks = barred_ptr + query_window[:, None] * 64 + tl.arange(0, 64)[None, :]
-        barred = tl.load(marks, mask=is_query[:, None], other=0.0)
+    query_window = image * windows + _window(query, q_width, across, q_window_h, q_window_w)
+    marks = barred_ptr + query_window[:, None] * 64 + tl.arange(0, 64)[None, :]
+    barred = tl.load(marks, mask=is_query[:, None], other=0.0)
 
     largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -91,12 +90,9 @@ def _forward(
         k = load_rows(k_ptr + image * k_image + first, key * k_token, is_key, channel, HEAD_DIM, BLOCK_D)
         v = load_rows(v_ptr + image * v_image + first, key * v_token, is_key, channel, HEAD_DIM, BLOCK_D)
         logits = dot(q, tl.trans(k), PRECISION)
-        if MASK:
-            hot = tl.load(hot_ptr + key[:, None] * 64 + tl.arange(0, 64)[None, :])
-            logits += dot(barred, tl.trans(hot), PRECISION)
-            logits *= scale * LOG2E
-        else:
-            logits = tl.where(is_key[None, :], logits * (scale * LOG2E), float("-inf"))
+        hot = tl.load(hot_ptr + key[:, None] * 64 + tl.arange(0, 64)[None, :])
+        logits += dot(barred, tl.trans(hot), PRECISION)
+        logits *= scale * LOG2E
         largest, total, out = softmax_step(logits, v, largest, total, out, PRECISION)
 
     store_attention(
@@ -110,7 +106,7 @@ def _backward(
     grad_ptr, q_ptr, k_ptr, v_ptr, barred_ptr, hot_ptr, out_ptr, lse_ptr, dq_ptr, dk_ptr, dv_ptr,
     q_image, k_image, v_image, q_token, k_token, v_token,
     windows, across, num_heads, queries, keys, q_width, q_window_h, q_window_w, scale,
-    MASK: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(0) % num_heads
@@ -124,10 +120,9 @@ def _backward(
         grad_ptr, out_ptr, lse_ptr, lse_ptr, image, head, num_heads, queries, query, is_query, channel,
         True, HEAD_DIM, BLOCK_D,
     )  # fmt: skip
-    if MASK:
-        query_window = image * windows + _window(query, q_width, across, q_window_h, q_window_w)
-        marks = barred_ptr + query_window[:, None] * 64 + tl.arange(0, 64)[None, :]
-        barred = tl.load(marks, mask=is_query[:, None], other=0.0)
+    query_window = image * windows + _window(query, q_width, across, q_window_h, q_window_w)
+    marks = barred_ptr + query_window[:, None] * 64 + tl.arange(0, 64)[None, :]
+    barred = tl.load(marks, mask=is_query[:, None], other=0.0)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for start in range(0, keys, BLOCK_N):
@@ -137,9 +132,8 @@ def _backward(
         v = load_rows(v_ptr + image * v_image + first, key * v_token, is_key, channel, HEAD_DIM, BLOCK_D)
         # Keys are the rows here, so that weights need not be transposed for the gradients of k and v.
         logits = dot(k, tl.trans(q), PRECISION)
-        if MASK:
-            hot = tl.load(hot_ptr + key[:, None] * 64 + tl.arange(0, 64)[None, :])
-            logits += dot(hot, tl.trans(barred), PRECISION)
+        hot = tl.load(hot_ptr + key[:, None] * 64 + tl.arange(0, 64)[None, :])
+        logits += dot(hot, tl.trans(barred), PRECISION)
         weights = tl.exp2(logits * (scale * LOG2E) - lse[None, :])
         dv = dot(rounded(weights, grad.dtype), grad, PRECISION)
         dlogits = weights * (dot(v, tl.trans(grad), PRECISION) - delta[None, :])
@@ -181,7 +175,7 @@ def suits(q: Tensor, idx: Tensor, num_heads: int) -> bool:
     if q.dtype == torch.float32:  # whose tiles of that many queries leave no registers
         return False
     largest = LARGEST if q.shape[3] <= 32 * num_heads and _has_room(q.device) else 64
-    return windows <= 64 and queries <= min(16 * topk, largest)
+    return topk < windows <= 64 and queries <= min(16 * topk, largest)
 
 
 def _marks(q: Tensor, k: Tensor, idx: Tensor, n_win: tuple[int, int]) -> tuple[Tensor, Tensor]:
@@ -201,11 +195,11 @@ def _marks(q: Tensor, k: Tensor, idx: Tensor, n_win: tuple[int, int]) -> tuple[T
 def _describe(
     q: Tensor, k: Tensor, v: Tensor, idx: Tensor, n_win: tuple[int, int], num_heads: int, scale: float
 ) -> dict[str, Any]:
-    head_dim, (_, windows, topk) = q.shape[3] // num_heads, idx.shape
-    barred, hot = _marks(q, k, idx, n_win) if topk < windows else (q, q)
+    head_dim = q.shape[3] // num_heads
+    barred, hot = _marks(q, k, idx, n_win)
     return {
         **{"q_ptr": q, "k_ptr": k, "v_ptr": v, "barred_ptr": barred, "hot_ptr": hot, **strides(q=q, k=k, v=v)},
-        **{"windows": windows, "across": n_win[1], "num_heads": num_heads, "scale": scale, "MASK": topk < windows},
+        **{"windows": idx.shape[1], "across": n_win[1], "num_heads": num_heads, "scale": scale},
         **{"queries": q.shape[1] * q.shape[2], "keys": k.shape[1] * k.shape[2], "q_width": q.shape[2]},
         **{"q_window_h": q.shape[1] // n_win[0], "q_window_w": q.shape[2] // n_win[1]},
         **{"HEAD_DIM": head_dim, "BLOCK_D": padded(head_dim), "PRECISION": precision(q.dtype)},

@@ -38,6 +38,15 @@ def route_maps(q: Tensor, k: Tensor, n_win: int | tuple[int, int], topk: int, sc
     return route_windows(window_means(q, n_win), window_means(k, n_win), topk, scale)
 
 
+def full_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float | None = None) -> Tensor:
+    """Every token of one map attends to all tokens of another.
+
+    q: (B, Hq, Wq, C); k, v: (B, H, W, C); scale: (C / num_heads)**-0.5 unless given. Returns (B, Hq, Wq, C).
+    """
+    heads = (x.flatten(1, 2).unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(*heads, scale=scale).transpose(1, 2).reshape(q.shape)
+
+
 def routed_attention(
     q: Tensor,
     k: Tensor,

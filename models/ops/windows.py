@@ -3,6 +3,8 @@
 Letters: B batch, H x W map, C channels, P windows, w tokens per window.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,8 +17,13 @@ def pad_to_multiple(x: Tensor, multiple: int | tuple[int, int]) -> Tensor:
 
     x: (B, H, W, ...), any dtype; returned unchanged when nothing is missing.
     """
-    multiple_h, multiple_w = pair(multiple)
-    missing_h, missing_w = _missing(x.shape[1], multiple_h), _missing(x.shape[2], multiple_w)
+    sides = [(side + part - 1) // part * part for side, part in zip(x.shape[1:3], pair(multiple), strict=True)]
+    return pad_to_sides(x, sides)
+
+
+def pad_to_sides(x: Tensor, sides: Sequence[int]) -> Tensor:
+    """Zero-pad a map (B, H, W, ...) right and bottom to these sides; returned unchanged when nothing is missing."""
+    missing_h, missing_w = (side - there for side, there in zip(sides, x.shape[1:3], strict=True))
     if _is_zero(missing_h) and _is_zero(missing_w):
         return x
     return F.pad(x, (0, 0) * (x.ndim - 3) + (0, missing_w, 0, missing_h))
@@ -66,11 +73,6 @@ def split_side(side: int, n_win: int) -> tuple[int, int]:
     """
     window = torch.sym_max(side // n_win, 1)
     return window, (side + window - 1) // window  # exported negative numbers are rounded towards zero
-
-
-def _missing(side: int, multiple: int) -> int:
-    """-side % multiple, in terms that inductor knows of a side that varies: its negative numbers have no remainder."""
-    return (side + multiple - 1) // multiple * multiple - side
 
 
 def _is_zero(missing: int) -> bool:

@@ -54,6 +54,10 @@ class Run:
     def __init__(self, name: str) -> None:
         self.expected = load(f"{name}_224")
         self.keys = self.expected.pop("keys").tolist()
+        for entry in [entry for entry in self.expected if entry.endswith(".router.idx")]:
+            _, windows, topk = self.expected[entry].shape
+            if topk == windows:  # nothing is chosen where every window reads all
+                del self.expected[entry], self.expected[entry.replace(".idx", ".weight")]
         batch, seed = CLASSIFIERS[name]
         self.model = fill(timm.create_model(name), seed)
         self.actual = observe(self.model, images(batch, 224, 224, seed))

@@ -42,6 +42,20 @@ FUNCTIONS = {
         lambda x, w, b, y: ops.depthwise(x, w, b, y),
         [normal(1, 15, 5, 16), *convolution(16, 5), normal(1, 15, 5, 16, seed=1)],
     ),
+    "strided": (
+        lambda x, w, b, y: ops.depthwise(x, w, b, y, stride=2),
+        [normal(2, 9, 7, 20), *convolution(20, 5), normal(2, 6, 5, 20, seed=1)],
+    ),
+    "strided-alone": (lambda x, w, b: ops.depthwise(x, w, b, stride=4), [normal(1, 6, 9, 16), *convolution(16, 3)]),
+    "strided-groups": (
+        lambda x, w: ops.depthwise(x, w, None, stride=8),
+        [normal(3, 17, 20, 48), convolution(16, 9)[0]],
+    ),
+    "groups": (lambda x, w, b: ops.depthwise(x, w, b), [normal(2, 4, 5, 40), *convolution(20, 3)]),
+    "residual-beyond": (
+        lambda x, w, b, y: ops.depthwise(x, w, b, y),
+        [normal(1, 4, 5, 20), *convolution(20, 5), normal(1, 5, 8, 20, seed=1)],
+    ),
     "positions": (
         lambda x, w, b, p: ops.positions_of_features(x, w, b, 1e-5, p),
         [normal(2, 3, 5, 2, 24), normal(24), normal(24, seed=1), normal(24, seed=2) / 8],
@@ -107,6 +121,10 @@ def test_depthwise_is_the_convolution_with_what_is_asked_for():
     torch.testing.assert_close(ops.depthwise(x, weight, bias, y), y + conv)
     torch.testing.assert_close(ops.depthwise(x, weight, bias, x, gelu=True), F.gelu(x + conv))
     assert ops.depthwise(x, weight, bias, stride=2).shape == (2, 3, 3, 4)
+    beyond = ops.depthwise(x, weight, bias, normal(2, 7, 6, 4, seed=1))
+    torch.testing.assert_close(beyond, normal(2, 7, 6, 4, seed=1) + F.pad(conv, (0, 0, 0, 0, 0, 2)))
+    halves = ops.depthwise(x, weight[:2], bias[:2])
+    torch.testing.assert_close(halves[..., 2:], ops.depthwise(x[..., 2:], weight[:2], bias[:2]))
 
 
 @on_devices
@@ -115,8 +133,9 @@ def test_depthwise_is_the_convolution_with_what_is_asked_for():
     [
         (maps._norm, "norm", (1e-6,)),
         (maps._add_norm, "add_norm", (1e-6,)),
-        (maps._convolve, "gelu", (True, True)),
-        (maps._convolve_and_add, "plus-another", ()),
+        (maps._convolve, "gelu", (torch.empty(0), True, True, 1)),
+        (maps._convolve, "plus-another", (False, False, 1)),
+        (maps._convolve, "strided", (False, False, 2)),
         (deformable._sample, "sample", ()),
         (deformable._positions, "positions", (1e-5,)),
     ],
@@ -124,4 +143,5 @@ def test_depthwise_is_the_convolution_with_what_is_asked_for():
 )
 def test_operators_keep_what_torch_asks_of_them(operator, name, options, device):
     inputs = [x.float().to(device).requires_grad_() for x in FUNCTIONS[name][1]]
+    options = [x.to(device) if isinstance(x, torch.Tensor) else x for x in options]
     opcheck(operator, (*inputs, *options))
