@@ -37,7 +37,7 @@ def test_some_launches_and_what_others_move_cost_what_is_committed(tmp_path):
     task, committed = measured(tmp_path, "--tasks", "inference", "--kernels", "masked.forward")["inference"], COMMITTED
     expected = [row for row in committed["tasks"]["inference"]["rows"] if row["kernel"] == "masked.forward"]
     assert task["rows"] == expected
-    assert len(expected) == 5
+    assert len(expected) == 4
     assert of_others(task) == of_others(committed["tasks"]["inference"])
 
 
