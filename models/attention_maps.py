@@ -31,14 +31,31 @@ class AttentionMaps(ABC):
     """What one attention does with one image.
 
     tokens: rows and columns of the token map before padding. A token is addressed by (row, column).
+    values: (H, W, C), what the attention sums. weight: (C, C), of the projection of the sums. rest: (H, W, C), what
+    else the layer gives (LePE, biases). All three or none: only with them are contributions known.
     """
 
     tokens: tuple[int, int]
     num_heads: int
+    values: Tensor | None = field(default=None, kw_only=True)
+    weight: Tensor | None = field(default=None, kw_only=True)
+    rest: Tensor | None = field(default=None, kw_only=True)
 
     @abstractmethod
     def token_attention(self, row: int, column: int) -> Tensor:
         """How much of its attention a token gives to each token: (m, H, W), every head's map summing to 1."""
+
+    def contributions(self, row: int, column: int) -> Tensor:
+        """What each head adds to the layer's output at a token from each token: (m, H, W, C).
+
+        All of it and `rest` at the token sum to the output. For agents, it is from each agent: (m, Ha, Wa, C).
+        """
+        return self._added(self.token_attention(row, column))
+
+    def _added(self, shares: Tensor) -> Tensor:
+        """Shares (m, ...) of the values (..., C), projected: (m, ..., C)."""
+        by_head = (self.values.unflatten(-1, (self.num_heads, -1)) * shares.movedim(0, -1)[..., None]).movedim(-2, 0)
+        return torch.einsum("m...d,cmd->m...c", by_head, self.weight.unflatten(1, (self.num_heads, -1)))
 
     def cpu(self: Maps) -> Maps:
         """The same maps with detached tensors on the CPU."""
@@ -52,8 +69,6 @@ class RoutedMaps(AttentionMaps):
 
     q, k: (H, W, C). n_win: windows per side. idx: (P, k) int64, the windows that each window of queries reads, best
     first. scale: factor on the logits.
-    values: (H, W, C), what the attention sums. weight: (C, C), of the projection of the sums. rest: (H, W, C), what
-    else the layer gives (LePE, biases). All three or none: only with them are contributions known.
     """
 
     q: Tensor
@@ -61,9 +76,6 @@ class RoutedMaps(AttentionMaps):
     n_win: int
     idx: Tensor
     scale: float
-    values: Tensor | None = field(default=None, kw_only=True)
-    weight: Tensor | None = field(default=None, kw_only=True)
-    rest: Tensor | None = field(default=None, kw_only=True)
 
     @property
     def sides(self) -> tuple[int, int]:
@@ -83,18 +95,6 @@ class RoutedMaps(AttentionMaps):
         """A token's attention to the tokens of its window's routed windows (arXiv 2303.08810, eqs. 5-6): (m, H, W)."""
         routed = self.idx[self.window_of(row, column)]
         return self._attend(self.q[row, column][None], routed[None])[:, 0]
-
-    def contributions(self, row: int, column: int) -> Tensor:
-        """What each head adds to the layer's output at a token from each token: (m, H, W, C).
-
-        All of it and `rest` at the token sum to the output. For agents, it is from each agent: (m, Ha, Wa, C).
-        """
-        return self._added(self.token_attention(row, column))
-
-    def _added(self, shares: Tensor) -> Tensor:
-        """Shares (m, ...) of the values (..., C), projected: (m, ..., C)."""
-        by_head = (self.values.unflatten(-1, (self.num_heads, -1)) * shares.movedim(0, -1)[..., None]).movedim(-2, 0)
-        return torch.einsum("m...d,cmd->m...c", by_head, self.weight.unflatten(1, (self.num_heads, -1)))
 
     def _attend(self, queries: Tensor, routed: Tensor) -> Tensor:
         """Attention of queries (n, C) to the tokens of windows (n, k): (m, n, H, W), zero in others."""

@@ -68,7 +68,7 @@ class PartitionAttention(Attention2d):
 
     def attention_maps(self, x: Tensor) -> PartitionMaps:
         """The exact maps of one image (1, H, W, C)."""
-        q, k, _ = to_nhwc(self.qkv(to_nchw(ops.pad_to_multiple(x, self.size)))).chunk(3, dim=-1)
+        q, k, v = to_nhwc(self.qkv(to_nchw(ops.pad_to_multiple(x, self.size)))).chunk(3, dim=-1)
         return PartitionMaps(
             tokens=(x.shape[1], x.shape[2]),
             num_heads=self.num_heads,
@@ -77,4 +77,7 @@ class PartitionAttention(Attention2d):
             bias=one_image(self.rel_pos.get_bias()[None]),
             scale=self.scale,
             grid=self.grid,
+            values=one_image(v),
+            weight=self.proj.weight.flatten(1),
+            rest=self.proj.bias.expand_as(q[0]),
         )

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from support import ROOT, command
 
@@ -33,6 +34,9 @@ def test_page_attention_trains_and_is_drawn(tmp_path, monkeypatch):
     for layer in names["found"].layers:
         attention = layer.maps.token_attention(0, 0)
         assert attention.sum((1, 2)).tolist() == pytest.approx([1.0] * layer.maps.num_heads, abs=1e-5)
+    row = names["found"].block(1)[0]
+    parts = row.maps.contributions(3, 5).sum((0, 1, 2)) + row.maps.rest[3, 5]
+    torch.testing.assert_close(parts, row.output[3, 5], atol=1e-6, rtol=1e-5)
     with Image.open("token_attention.png") as picture:
         assert len(picture.getcolors(1 << 20)) > 100
     monkeypatch.delitem(ATTENTIONS, "row")

@@ -8,7 +8,7 @@ The maps themselves are methods of what `Layer.maps` holds, see `models.attentio
 
 from .capture import Capture, Layer, capture
 from .images import open_image
-from .maps import to_pixels, token_at
+from .maps import token_at
 from .panels import Panel, Query, panels_of
 from .subject import Subject, load_subject
 
@@ -22,6 +22,5 @@ __all__ = [
     "load_subject",
     "open_image",
     "panels_of",
-    "to_pixels",
     "token_at",
 ]

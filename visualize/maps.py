@@ -64,12 +64,6 @@ def share_stopped(maps: AgentMaps) -> float:
     return float((maps.positions[:ha, :wa].abs() >= 1).any(-1).double().mean())
 
 
-def to_pixels(layer: Layer, token_map: Tensor, size: tuple[int, int]) -> Tensor:
-    """Spread each token's value of (H, W) evenly over its pixels: (height, width). What lies in padding is cut off."""
-    s = layer.stride
-    return (token_map / s**2).repeat_interleave(s, 0).repeat_interleave(s, 1)[: size[0], : size[1]]
-
-
 def predictions(capture: Capture, classes: list[str], most: int = 5) -> list[tuple[str, float]]:
     """The most probable classes and their probabilities, best first."""
     values, numbers = capture.logits.softmax(-1).topk(min(most, len(capture.logits)))

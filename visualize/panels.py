@@ -178,11 +178,10 @@ def _agent_panels(layer: Layer, picture: np.ndarray, query: Query, row: int, col
 
 def _contributions(layer: Layer, picture: np.ndarray, query: Query, row: int, column: int) -> list[Panel]:
     """What makes the layer's output at the token, if the layer says so."""
-    routed = layer.maps
-    if layer.output is None or getattr(routed, "values", None) is None:
+    if layer.output is None or layer.maps.values is None:
         return []
-    output, parts = layer.output[row, column].double(), routed.contributions(row, column).double()
-    missing = (parts.sum((0, 1, 2)) + routed.rest[row, column].double() - output).norm() / output.norm()
+    output, parts = layer.output[row, column].double(), layer.maps.contributions(row, column).double()
+    missing = (parts.sum((0, 1, 2)) + layer.maps.rest[row, column].double() - output).norm() / output.norm()
     shares = parts @ output / output.square().sum()
     mark = query_mark((query.x, query.y))
     if layer.agents:

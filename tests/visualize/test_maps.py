@@ -291,20 +291,6 @@ def test_shares_of_the_agents_are_means_over_the_tokens_of_the_picture(debiforme
         torch.testing.assert_close(layer.maps.agent_shares(), expected, **EXACT)
 
 
-def test_pixels_hold_what_their_tokens_hold(debiformer):
-    _, found, _ = debiformer
-    for layer in found.layers:
-        height, width = layer.maps.q.shape[:2]
-        token_map = torch.rand(height, width, dtype=torch.float64)
-        whole = (height * layer.stride, width * layer.stride)
-        pixels = maps.to_pixels(layer, token_map, whole)
-        assert pixels.shape == whole
-        assert float(pixels.sum()) == pytest.approx(float(token_map.sum()))
-        s = layer.stride
-        assert float(pixels[-s:, :s].sum()) == pytest.approx(float(token_map[-1, 0]))
-        assert maps.to_pixels(layer, token_map, found.size).shape == found.size
-
-
 def test_agents_are_drawn_where_they_read(debiformer):
     """-1 and 1 are the centres of the first and last token, padding included; references are cell centres."""
     _, found, _ = debiformer

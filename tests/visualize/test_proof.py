@@ -16,10 +16,10 @@ from visualize.subject import load_subject
 IMAGE = torch.randn(1, 3, 72, 64, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", ["debiformer_nano", "biformer_tiny"])
+@pytest.mark.parametrize("name", ["debiformer_nano", "biformer_tiny", "maxvit_stl"])
 def test_contributions_and_the_rest_sum_to_the_output_of_every_layer(name):
     torch.manual_seed(0)
-    found = capture(timm.create_model(name, depths=(1, 1, 1, 1)), IMAGE)
+    found = capture(timm.create_model(name, depths=(2, 1, 1, 1)), IMAGE)
     for layer in found.layers:
         row, column = layer.maps.tokens[0] - 1, layer.maps.tokens[1] // 2
         parts = layer.maps.contributions(row, column)
