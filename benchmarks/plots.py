@@ -1,19 +1,21 @@
-"""Results as pictures."""
+"""Results as pictures.
 
+python -m benchmarks.plots      draws those of benchmarks/results/ anew
+"""
+
+import json
 import statistics
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from models.weights.releases import RELEASES
+from runtime import plot_style
 
-from .measure import machine_line
+from .measure import RESULTS, machine_line
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 
@@ -35,15 +37,16 @@ def draw(name: str, result: Mapping[str, Any], folder: Path) -> None:
     if name not in PAINTERS:
         return
     folder.mkdir(parents=True, exist_ok=True)
-    figure = PAINTERS[name](result["rows"])
-    figure.supxlabel(machine_line(result["machine"]), fontsize=7, color="0.4")
-    figure.savefig(folder / f"{name}-{result['machine']['device']}.png", dpi=120)
-    plt.close(figure)
+    with plot_style.applied():
+        figure = PAINTERS[name](result["rows"])
+        figure.supxlabel(machine_line(result["machine"]), fontsize=7, color=plot_style.SOFT)
+        figure.savefig(folder / f"{name}-{result['machine']['device']}.png")
 
 
-def accuracy(rows: list[dict[str, Any]]) -> plt.Figure:
+def accuracy(rows: list[dict[str, Any]]) -> Figure:
     """Inference throughput against published accuracy, one line per family."""
-    figure, axes = plt.subplots(figsize=(7, 4.8), layout="constrained")
+    figure = Figure(figsize=(7, 4.8))
+    axes = figure.subplots()
     families: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
         if TOP1.get(row["model"]):
@@ -54,39 +57,40 @@ def accuracy(rows: list[dict[str, Any]]) -> plt.Figure:
         axes.plot([p[1] for p in points], [p[0] for p in points], "o-" if ours else "s--", label=family)
         for top1, speed, model in points:
             size = model.split("_")[1]
-            axes.annotate(size, (speed, top1), xytext=(4, 4), textcoords="offset points", fontsize=7)
+            above = family != "swin"  # whose points lie below others
+            place = {"xytext": (5, 4) if above else (-5, -11), "textcoords": "offset points"}
+            axes.annotate(size, (speed, top1), fontsize=8, ha="left" if above else "right", **place)
     axes.set(xlabel="images per second, inference", ylabel="published ImageNet-1K top-1 (%)", xscale="log")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.xaxis.set_minor_formatter("{x:g}")
     axes.tick_params(which="both", labelsize=9)
-    axes.grid(alpha=0.3, which="both")
     axes.legend()
     return figure
 
 
-def resolution(rows: list[dict[str, Any]]) -> plt.Figure:
+def resolution(rows: list[dict[str, Any]]) -> Figure:
     """Milliseconds and peak memory of one step against the input's side."""
     return _curves(rows, lambda row: row["input_size"], "input, pixels per side")
 
 
-def topk(rows: list[dict[str, Any]]) -> plt.Figure:
+def topk(rows: list[dict[str, Any]]) -> Figure:
     """Milliseconds and peak memory of one step against k."""
     return _curves(rows, lambda row: row["model_kwargs"]["agent_topk"][0], "routed windows k in stages 1 to 3, of 49")
 
 
-def _curves(rows: list[dict[str, Any]], position: Callable[[dict[str, Any]], int], what: str) -> plt.Figure:
+def _curves(rows: list[dict[str, Any]], position: Callable[[dict[str, Any]], int], what: str) -> Figure:
     quantities: tuple[tuple[str, Callable[[dict[str, Any]], float | None]], ...] = (
         ("ms per step", lambda row: 1e3 * statistics.median(row["seconds"])),
         ("peak memory above weights (MB)", lambda row: row["peak_memory"] and row["peak_memory"] / 2**20),
     )
     tasks = sorted({row["task"] for row in rows})
-    figure, grid = plt.subplots(len(tasks), 2, figsize=(9, 3.4 * len(tasks)), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(9, 3.4 * len(tasks)))
+    grid = figure.subplots(len(tasks), 2, squeeze=False)
     for line, task in zip(grid, tasks, strict=True):
         for axes, (unit, quantity) in zip(line, quantities, strict=True):
             _plot_models(axes, [row for row in rows if row["task"] == task], position, quantity)
             axes.set(title=f"{task}, batch {rows[0]['batch_size']}", xlabel=what, ylabel=unit, ylim=(0, None))
-            axes.grid(alpha=0.3)
-    grid[0, 0].legend(fontsize=8)
+    grid[0, 0].legend()
     return figure
 
 
@@ -106,3 +110,13 @@ def _plot_models(
 
 
 PAINTERS = {"accuracy": accuracy, "resolution": resolution, "topk": topk}
+
+
+def main() -> None:
+    """The command line."""
+    for path in sorted(RESULTS.glob("*.json")):
+        draw(path.stem.rpartition("-")[0], json.loads(path.read_text()), IMAGES)
+
+
+if __name__ == "__main__":
+    main()

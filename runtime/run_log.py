@@ -26,6 +26,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from runtime import curves
 from runtime.checkpoint import BEST, LAST, TrainingState
 from runtime.distributed import DistInfo
 from runtime.errors import UsageError, note, warn
@@ -176,45 +177,11 @@ class RunLog:
         temporary.write_text("".join(json.dumps(record) + "\n" for record in self.epochs))
         os.replace(temporary, path)
 
-    def _best(self) -> tuple[int, float] | None:
-        """The epoch, from 1, of the best of the first figure, plain or averaged, and its value; None without any."""
-        names = [f"{prefix}_{figure}" for figure in list(self.figures)[:1] for prefix in ("test", "test_ema")]
-        found = [(record[name], -record["epoch"]) for record in self.epochs for name in names if name in record]
-        return (1 - max(found)[1], max(found)[0]) if found else None
-
     def draw_curves(self) -> None:
         """Draw curves.png: loss, figures and learning rate over the epochs."""
-        if self.folder is None or not self.epochs:
-            return
-        from matplotlib.figure import Figure
-
-        figure = Figure(figsize=(12, 3.5), layout="constrained")
-        losses, quality, rates = figure.subplots(1, 3)
-        x = [record["epoch"] + 1 for record in self.epochs]
-        curves = (
-            (losses, "train_loss", "training"),
-            (losses, "test_loss", "test"),
-            (losses, "test_ema_loss", "test, averaged weights"),
-            *((quality, f"test_{name}", label) for name, label in self.figures.items()),
-            *((quality, f"test_ema_{name}", f"{label}, averaged weights") for name, label in self.figures.items()),
-            (rates, "train_lr", "learning rate"),
-        )
-        marker = "o" if len(x) < 3 else ""
-        for axes, name, label in curves:
-            if name in self.epochs[-1]:
-                axes.plot(x, [record.get(name) for record in self.epochs], label=label, marker=marker)
-        for axes, title in ((losses, "loss"), (quality, f"{self.title} (%)"), (rates, "learning rate")):
-            axes.set(title=title, xlabel="epoch")
-            axes.xaxis.get_major_locator().set_params(integer=True)
-            axes.grid(alpha=0.3)
-        if best := self._best():
-            quality.plot(*best, "*", color="black", markersize=10, label=f"best: {best[1]:.2f} in epoch {best[0]}")
-        for axes in (losses, quality, rates):
-            if axes.lines:
-                axes.legend()
-        figure.suptitle(self.folder.name)
-        figure.savefig(self.folder / "curves.png", dpi=120)
-        self._drawn_at = time.monotonic()
+        if self.folder is not None and self.epochs:
+            curves.draw(self.epochs, self.figures, self.title, self.folder / "curves.png")
+            self._drawn_at = time.monotonic()
 
 
 class Progress:

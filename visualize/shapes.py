@@ -11,13 +11,14 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from torch import Tensor
 
+from runtime.plot_style import COLOURS
+
 from . import maps
 from .capture import Layer
 
 HEAT = colormaps["inferno"]
 BALANCE = colormaps["coolwarm"]
 RANKS = colormaps["plasma_r"]
-GROUPS = colormaps["tab10"]
 QUERY = "#00e5ff"
 
 
@@ -153,7 +154,7 @@ def agent_shapes(layer: Layer, head: int | None) -> tuple[Shape, ...]:
         heads = slice(group * heads_per_group, (group + 1) * heads_per_group) if head is None else slice(head, head + 1)
         share = shares[heads].mean(0).ravel().tolist()
         begin, stop = (points[..., group, :].reshape(-1, 2).tolist() for points in (start, end))
-        colour = to_hex(GROUPS(group % 10))
+        colour = COLOURS[group % len(COLOURS)]
         lines += [Line(tuple(a), tuple(b), colour) for a, b in zip(begin, stop, strict=True)]
         area = 87 * len(share)  # of an agent that gets everything: one of average share has 87
         dots += [

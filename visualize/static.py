@@ -24,6 +24,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from runtime.errors import OneLineParser, UsageError, exit_on_error
+from runtime.plot_style import COLOURS
 from tasks.classification.sources import Digits
 from tools.export import need
 from tools.make_photos import photographs
@@ -36,7 +37,7 @@ from .npm import npm_package
 from .panels import AGENTS_SHOWN, Query
 from .report import STYLE, UNTRAINED, UNTRAINED_HINT
 from .session import PHOTO_SIDE
-from .shapes import GROUPS, QUERY, RANKS, ramp
+from .shapes import QUERY, RANKS, ramp
 from .subject import Subject, load_classifier
 from .svg import data_url
 
@@ -177,7 +178,7 @@ def page_of(subject: Subject, runtime: Path, pictures: dict[str, Image.Image], c
         "shown": AGENTS_SHOWN,
         "heat": ramp(np.linspace(0, 1, 256)).tolist(),
         "ranks": [to_hex(colour) for colour in RANKS(range(256))],
-        "groups": [to_hex(colour) for colour in GROUPS.colors],
+        "groups": COLOURS,
         "query": QUERY,
         "samples": [(name, data_url(subject.view(picture), "PNG")) for name, picture in pictures.items()],
     }

@@ -11,6 +11,8 @@ from html import escape
 import numpy as np
 from PIL import Image
 
+from runtime.plot_style import COLOURS
+
 from .figures import dimmed
 from .shapes import Box, Cross, Dot, Heat, Line, Scene, Shape, heat_colours, ramp
 
@@ -130,7 +132,7 @@ def chart(lines: Mapping[str, np.ndarray], words: str) -> str:
         places = enumerate(values.tolist())
         path = " ".join(f"{20 + 170 * step / (len(values) - 1):.1f},{180 - 170 * value:.1f}" for step, value in places)
         dashes = ' stroke-dasharray="4 4"' if "chance" in name else ""
-        looks = f'stroke="{("#0891b2", "#c2410c")[number % 2]}"{dashes}'
+        looks = f'stroke="{COLOURS[number % 2]}"{dashes}'
         drawn.append(f'<polyline points="{path}" fill="none" stroke-width="2" {looks}/>')
         x, y = 24 + 68 * (number // 2), 190 + 9 * (number % 2)
         names.append(
