@@ -8,7 +8,8 @@ from benchmarks import commits
 def test_files_of_a_commit_are_written_beside_this_tree(tmp_path):
     name = commits.check_out("HEAD", tmp_path)
     assert len(name) == 40
-    assert (tmp_path / "main.py").exists() and (tmp_path / "models" / "ops").is_dir()
+    assert (tmp_path / "main.py").exists()
+    assert (tmp_path / "models" / "ops").is_dir()
 
 
 def test_unknown_commit_and_no_turns_are_refused(tmp_path):
