@@ -6,8 +6,7 @@
 MACs are half of the floating-point operations that torch counts in convolutions and matrix products of one image
 at native size; normalisation, activations, softmax, pooling and grid sampling are left out. fvcore, whose counts
 are often quoted, also counts five operations per element of a LayerNorm and two of a BatchNorm, and so finds 0.4 to
-0.7 % more (debiformer_tiny: 2.654 G, not 2.636 G); beyond that BiFormer's counts are the same to the last digit
-printed, DeBiFormer's to 0.2 %.
+0.7 % more; beyond that BiFormer's counts are the same to the last digit printed, DeBiFormer's to 0.3 %.
 """
 
 from collections.abc import Callable
