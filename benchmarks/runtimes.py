@@ -1,7 +1,7 @@
 """How long exported models take for a batch, beside a model of timm in the same runtime.
 
 python -m benchmarks.runtimes                    debiformer_tiny and swin_tiny in ONNX Runtime and PyTorch
-python -m benchmarks.runtimes --runtimes onnxruntime openvino pytorch --write      also writes benchmarks/results/
+python -m benchmarks.runtimes --runtimes onnxruntime openvino aoti pytorch --write      also writes benchmarks/results/
 
 Every model is written as `tools.export` writes it, with random weights; all models and runtimes take turns.
 """
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from runtime.errors import UsageError, exit_on_error
 from tools import onnx_format
+from tools.runtime_formats import FORMATS
 
 from .markdown import table
 from .measure import RESULTS, describe_machine, interleaved_seconds, machine_line, write_result
@@ -47,6 +48,15 @@ def in_openvino(model: nn.Module, onnx: Path, threads: int) -> Run:
     return lambda images: compiled(images.numpy())
 
 
+def in_aoti(model: nn.Module, onnx: Path, threads: int) -> Run:
+    """The model compiled by AOTInductor."""
+    form, path = FORMATS["aoti"], onnx.with_suffix(".pt2")
+    with torch.inference_mode(False), torch.no_grad():
+        form.write(model, model.default_cfg["input_size"][-1], path)
+    run = form.load(path)
+    return lambda images: run(images.numpy())
+
+
 def in_pytorch(model: nn.Module, onnx: Path, threads: int) -> Run:
     """The model itself, in channels-last memory."""
     model = model.to(memory_format=torch.channels_last)
@@ -56,8 +66,11 @@ def in_pytorch(model: nn.Module, onnx: Path, threads: int) -> Run:
 RUNTIMES: dict[str, Callable[[nn.Module, Path, int], Run]] = {
     "onnxruntime": in_onnxruntime,
     "openvino": in_openvino,
+    "aoti": in_aoti,
     "pytorch": in_pytorch,
 }
+OF_PYTORCH = {"aoti", "pytorch"}
+"""Those that take neither a package nor an ONNX file."""
 
 
 @torch.inference_mode()
@@ -71,7 +84,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             model = timm.create_model(name).eval()
             inputs[name] = model.default_cfg["input_size"]
             file = Path(folder, f"{name}.onnx")
-            if set(args.runtimes) != {"pytorch"}:
+            if not set(args.runtimes) <= OF_PYTORCH:
                 with torch.no_grad():
                     onnx_format.write(model, inputs[name][-1], file)
             runs.update({(name, runtime): RUNTIMES[runtime](model, file, args.threads) for runtime in args.runtimes})
@@ -112,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for --write")
     args = parser.parse_args(argv)
     for runtime in args.runtimes:
-        if runtime != "pytorch" and find_spec(runtime) is None:
+        if runtime not in OF_PYTORCH and find_spec(runtime) is None:
             raise UsageError(f"--runtimes {runtime} is not installed: pip install {runtime}")
     for name in args.models:
         if not timm.is_model(name):

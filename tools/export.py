@@ -3,9 +3,10 @@
 python -m tools.export --model debiformer_tiny --checkpoint tiny.pth --format onnx --output tiny.onnx
 
 onnx: one file, for any batch size and, of this project's models, any image size; needs onnx, onnxscript and
-onnxruntime. openvino: a folder with the same for OpenVINO; needs onnx, onnxscript and openvino. safetensors: the
-weights, as timm's `checkpoint_path` takes them. hf: a folder for the Hugging Face Hub, or for
-timm.create_model("local-dir:FOLDER").
+onnxruntime. openvino: a folder with the same for OpenVINO; needs onnx, onnxscript and openvino. aoti: a package that
+PyTorch runs without the model's code, for any batch size; needs g++. tensorrt: an engine for this machine's GPU; needs
+onnx, onnxscript and tensorrt. safetensors: the weights, as timm's `checkpoint_path` takes them. hf: a folder for the
+Hugging Face Hub, or for timm.create_model("local-dir:FOLDER"). docs/EXPORT.md says how each is used.
 """
 
 import importlib
@@ -14,10 +15,10 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
-import numpy as np
 import safetensors.torch
 import timm
 import torch
@@ -30,7 +31,7 @@ from models.labels import in_words
 from runtime.errors import UsageError, exit_on_error
 from tasks.classification.transforms import pixels_for
 
-from . import onnx_format
+from . import onnx_format, runtime_formats
 from .card import model_card
 from .loading import UNTRAINED, Loaded, load_from, model_parser
 
@@ -86,12 +87,26 @@ def write_onnx(loaded: Loaded, path: Path) -> None:
         raise UsageError(f"torch.onnx cannot export {loaded.options.model}: {cause}") from error
 
 
-def largest_difference(loaded: Loaded, run: Callable[[np.ndarray], np.ndarray]) -> float:
-    """See `difference`: the largest for several batch sizes and, for this project's models, at `odd_sizes`."""
+def largest_difference(loaded: Loaded, run: runtime_formats.Run, any_size: bool = True) -> float:
+    """See `difference`: the largest for several batch sizes and, for this project's models, at `odd_sizes`.
+
+    any_size: whether what was exported takes such sizes.
+    """
     inputs = [random_images(loaded, 1), random_images(loaded, 3)]
-    if isinstance(loaded.model, Backbone) and loaded.model.auto_pad:
+    if any_size and isinstance(loaded.model, Backbone) and loaded.model.auto_pad:
         inputs += [random_images(loaded, 1, sides) for sides in odd_sizes(loaded.options.input_size)]
     return max(difference(loaded, images, torch.from_numpy(run(images.numpy()))) for images in inputs)
+
+
+def export_for_runtime(kind: str, loaded: Loaded, path: Path) -> float:
+    """Write the model in one of `runtime_formats.FORMATS`.
+
+    Returns how far its runtime's logits are off, as `export_onnx` does. UsageError likewise.
+    """
+    form = runtime_formats.FORMATS[kind]
+    need(f"--format {kind}", form.packages)
+    form.write(loaded.model, loaded.options.input_size, path)
+    return largest_difference(loaded, form.load(path), form.any_size)
 
 
 def export_safetensors(loaded: Loaded, path: Path) -> float:
@@ -153,6 +168,7 @@ def training_of(loaded: Loaded) -> str:
 FORMATS: dict[str, Callable[[Loaded, Path], float]] = {
     "onnx": export_onnx,
     "openvino": export_openvino,
+    **{kind: partial(export_for_runtime, kind) for kind in runtime_formats.FORMATS},
     "safetensors": export_safetensors,
     "hf": export_hf,
 }

@@ -24,6 +24,7 @@ CONTENTS = {
         "Reproduce": "docs/tutorials/reproduce",
         "Fine-tune": "docs/tutorials/fine-tune",
         "Segment and detect": "docs/DENSE",
+        "Export": "docs/EXPORT",
         "Your own attention": "docs/EXTENDING",
         "Distillation": "docs/DISTILLATION",
         "Token labelling": "docs/TOKEN_LABELING",

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import shutil
 
 import onnx
 import onnxruntime
@@ -74,6 +75,41 @@ def test_openvino_gives_the_same_logits_for_any_batch_and_image_size(tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed (apt-get install g++)")
+def test_aotinductor_gives_the_same_logits_for_any_batch(tmp_path):
+    loaded = loaded_with_varied_weights("debiformer_nano", model_kwargs={"depths": (1, 1, 1, 1)})
+    path = tmp_path / "model.pt2"
+    assert export.export(loaded, "aoti", path) < 1e-4
+    run = torch._inductor.aoti_load_package(str(path))
+    images = export.random_images(loaded, 5)
+    assert relative(run(images), loaded.model(images)) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="TensorRT builds for a GPU, and there is none")
+def test_tensorrt_gives_the_same_logits_for_any_batch_and_image_size(tmp_path):
+    pytest.importorskip("tensorrt", reason="TensorRT is an extra (pip install tensorrt)")
+    loaded = loaded_with_varied_weights("debiformer_nano")
+    assert export.export(loaded, "tensorrt", tmp_path / "model.engine") < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("aoti", r"g\+\+, which is missing"), ("tensorrt", "for the GPU it finds, and finds none")],
+)
+def test_what_a_format_needs_of_the_machine_is_named(kind, words, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(export, "find_spec", lambda name: object())
+    with pytest.raises(UsageError, match=rf"^--format {kind} .*{words}") as error:
+        export.export(load_model("debiformer_nano"), kind, tmp_path / "model")
+    assert "\n" not in str(error.value)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", FAMILIES)
 def test_modules_of_a_model_in_sequence_are_the_model(name):
     loaded = loaded_with_varied_weights(name, input_size=64, model_kwargs={"depths": DEPTHS[name]})
@@ -103,7 +139,7 @@ def test_models_of_others_are_exported_for_any_batch_size(tmp_path):
     assert export.export(loaded, "onnx", tmp_path / "model.onnx") < 1e-4
 
 
-@pytest.mark.parametrize("kind", ["onnx", "openvino"])
+@pytest.mark.parametrize("kind", ["onnx", "openvino", "tensorrt"])
 def test_packages_that_are_missing_are_named(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(export, "find_spec", lambda name: None if name == "onnxscript" else object())
     with pytest.raises(UsageError, match=rf"--format {kind} needs onnxscript: pip install onnxscript$"):
