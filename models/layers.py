@@ -123,15 +123,33 @@ def _fold_into_next(norm: nn.BatchNorm2d, conv: nn.Conv2d) -> nn.Conv2d:
 class QKV(nn.Module):
     """The projection to queries, keys and values: (..., C) -> three of (..., C).
 
-    projection: a layer C -> 3C on the last axis. It lives one level down, at the key `qkv`, as published.
+    projection: a linear layer of maps, C -> 3C. It lives one level down, at the key `qkv`, as published.
     """
 
-    def __init__(self, projection: nn.Module) -> None:
+    def __init__(self, projection: MapLinear | PointwiseConv) -> None:
         super().__init__()
         self.qkv = projection
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.qkv(x).chunk(3, dim=-1)
+
+    @torch.no_grad()
+    def apart(self) -> nn.Module:
+        """The same as three layers: for runtimes in which parts of one layer's output are copies."""
+        weights, bias = self.qkv.weight.flatten(1).chunk(3), self.qkv.bias
+        layers = [PointwiseConv(w.shape[1], w.shape[0], bias is not None) for w in weights]
+        for number, (layer, weight) in enumerate(zip(layers, weights, strict=True)):
+            layer.weight.copy_(weight[..., None, None])
+            if bias is not None:
+                layer.bias.copy_(bias.chunk(3)[number])
+        return _Together(layers)
+
+
+class _Together(nn.ModuleList):
+    """Layers that take the same input: a tensor -> one for each."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(layer(x) for layer in self)
 
 
 class ConvMlp(nn.Module):

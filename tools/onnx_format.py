@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.backbone import Backbone
+from models.fusion import fuse
+from models.layers import QKV
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -37,6 +39,16 @@ class Classifier(nn.Module):
         return self.head(self.pool(self.norm(x)))
 
 
+def for_export(model: Backbone) -> Backbone:
+    """A copy in evaluation mode with the same outputs: fused, and queries, keys and values from layers of their own."""
+    model = fuse(model)
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, QKV):
+                setattr(module, name, child.apart())
+    return model
+
+
 def in_sequence(model: Backbone) -> Iterator[nn.Module]:
     """The modules that a model in evaluation mode runs, each on what the one before it returned."""
     for downsample, blocks in zip(model.downsample_layers, model.stages, strict=True):
@@ -52,7 +64,7 @@ def write(model: nn.Module, size: int, path: Path) -> None:
     """
     with exporting():
         if isinstance(model, Backbone):
-            program = chained(_programs(model))
+            program = chained(_programs(for_export(model)))
         else:
             program = exported(model, torch.zeros(2, 3, size, size), varied=(0,))
     save(program, ("height", "width") if isinstance(model, Backbone) else (size, size), path)

@@ -22,12 +22,12 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A linear layer on the last axis: (..., C_in) -> (..., C_out). weight: (C_out, C_in) or (C_out, C_in, 1, 1).
 
     In float32 on a CPU a map (B, H, W, C_in) goes through a 1x1 convolution: oneDNN's reaches twice the speed of a
-    matrix product on processors that MKL was not made for, and the same on the others.
+    matrix product on processors that MKL was not made for, and the same on the others. So it does where it is exported:
+    other runtimes then keep their own layout from one convolution to the next.
     """
-    if choose_backend(None, x) == "export":  # no layout but this one, where there are no strides
-        return F.linear(x, weight.flatten(1), bias)
     device = x.device.type
-    if _ONEDNN and device == "cpu" and x.dtype == torch.float32 and x.ndim == 4:
+    by_convolution = _ONEDNN and device == "cpu" and x.dtype == torch.float32
+    if x.ndim == 4 and (by_convolution or choose_backend(None, x) == "export"):
         kernel = weight if weight.ndim == 4 else weight[..., None, None]
         return F.conv2d(x.permute(0, 3, 1, 2), kernel, bias).permute(0, 2, 3, 1)
     if not _is_in_half_precision(x):
@@ -143,8 +143,10 @@ def depthwise(
         weight, residual = weight + F.pad(weight.new_ones(1, 1), [size // 2] * 4), None
     if groups > 1:
         weight, bias = weight.repeat(groups, 1, 1, 1), None if bias is None else bias.repeat(groups)
-    out = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, size // 2, groups=channels).permute(0, 2, 3, 1)
-    out = out if residual is None else residual + pad_to_sides(out, residual.shape[1:3])
+    out = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, size // 2, groups=channels)
+    if residual is None:
+        return (F.gelu(out) if gelu else out).permute(0, 2, 3, 1)
+    out = residual + pad_to_sides(out.permute(0, 2, 3, 1), residual.shape[1:3])
     return F.gelu(out) if gelu else out
 
 

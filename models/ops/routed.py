@@ -33,9 +33,12 @@ def route_maps(q: Tensor, k: Tensor, n_win: int | tuple[int, int], topk: int, sc
     q, k: (B, H, W, C), not of the same sides; n_win: windows per side, or rows and columns; they must divide the sides.
     """
     rows, columns = pair(n_win)
+    topk = min(topk, rows * columns)
     if rows * columns <= _MOST_WINDOWS and choose_backend(None, q) == "triton":
-        return _route(q.detach(), k.detach().to(q.dtype), rows, columns, min(topk, rows * columns), scale)
-    return route_windows(window_means(q, n_win), window_means(k, n_win), topk, scale)
+        return _route(q.detach(), k.detach().to(q.dtype), rows, columns, topk, scale)
+    dense = choose_backend(None, q) == "export" and routed_export.is_dense(q, k, (rows, columns), topk)
+    means = routed_export.window_means if dense else window_means
+    return route_windows(means(q, (rows, columns)), means(k, (rows, columns)), topk, scale)
 
 
 def full_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float | None = None) -> Tensor:
@@ -43,6 +46,8 @@ def full_attention(q: Tensor, k: Tensor, v: Tensor, num_heads: int, scale: float
 
     q: (B, Hq, Wq, C); k, v: (B, H, W, C); scale: (C / num_heads)**-0.5 unless given. Returns (B, Hq, Wq, C).
     """
+    if choose_backend(None, q, num_heads) == "export":
+        return routed_export.full(q, k, v, num_heads, scale)
     heads = (x.flatten(1, 2).unflatten(-1, (num_heads, -1)).transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(*heads, scale=scale).transpose(1, 2).reshape(q.shape)
 

@@ -24,7 +24,7 @@ def pad_to_multiple(x: Tensor, multiple: int | tuple[int, int]) -> Tensor:
 def pad_to_sides(x: Tensor, sides: Sequence[int]) -> Tensor:
     """Zero-pad a map (B, H, W, ...) right and bottom to these sides; returned unchanged when nothing is missing."""
     missing_h, missing_w = (side - there for side, there in zip(sides, x.shape[1:3], strict=True))
-    if _is_zero(missing_h) and _is_zero(missing_w):
+    if known(missing_h == 0) and known(missing_w == 0):
         return x
     return F.pad(x, (0, 0) * (x.ndim - 3) + (0, missing_w, 0, missing_h))
 
@@ -75,13 +75,13 @@ def split_side(side: int, n_win: int) -> tuple[int, int]:
     return window, (side + window - 1) // window  # exported negative numbers are rounded towards zero
 
 
-def _is_zero(missing: int) -> bool:
-    """Whether nothing is missing; in a program exported for many sizes, whether that is so for all of them."""
+def known(condition: bool) -> bool:
+    """Whether sides are so; in a program exported for many sizes, whether all of them are."""
     if torch.compiler.is_exporting():
         from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-        return statically_known_true(missing == 0)
-    return missing == 0
+        return statically_known_true(condition)
+    return condition
 
 
 def pair(value: int | tuple[int, int]) -> tuple[int, int]:

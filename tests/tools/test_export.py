@@ -114,7 +114,8 @@ def test_what_a_format_needs_of_the_machine_is_named(kind, words, tmp_path, monk
 def test_modules_of_a_model_in_sequence_are_the_model(name):
     loaded = loaded_with_varied_weights(name, input_size=64, model_kwargs={"depths": DEPTHS[name]})
     images = export.random_images(loaded, 2, (50, 71))
-    actual = functools.reduce(lambda x, module: module(x), onnx_format.in_sequence(loaded.model), images)
+    modules = onnx_format.in_sequence(onnx_format.for_export(loaded.model))
+    actual = functools.reduce(lambda x, module: module(x), modules, images)
     assert relative(actual, loaded.model(images)) < 1e-5
 
 
