@@ -5,13 +5,14 @@
 
 Two sets that need no download: scanned digits (scikit-learn's, `--data_set DIGITS`) and forms in clutter
 (`python -m tools.make_clutter`). On each, the teacher is trained by the ordinary run, at the size at which its label
-maps are made; then students are trained plainly, with token labels, and with the teacher's features, from several
-seeds each. Students of one set differ in nothing else: epochs, rates, augmentation and initial weights are the same,
-and no images are mixed. Figures are those of the last weights. A run that is done is not repeated, and one that was
-interrupted goes on.
+maps are made; then students, debiformer_nano and a BiFormer of its size, are trained plainly, with token labels, and
+with the teacher's features, from several seeds each. A set's students of one model differ in nothing else: epochs,
+rates, augmentation and initial weights are the same, and no images are mixed. Figures are those of the last weights.
+A run that is done is not repeated, and one that was interrupted goes on.
 """
 
 import argparse
+import itertools
 import json
 import multiprocessing
 import statistics
@@ -45,7 +46,15 @@ COMMON: Values = {
     **{"aa": None, "color_jitter": None, "reprob": 0.0, "repeated_aug": False, "crop_pct": 1.0},
     **{"warmup_epochs": 0, "num_workers": 0, "device": "cpu", "print_freq": 20, "checkpoint_minutes": 2.0},
 }
-STUDENT: Values = {"model": "debiformer_nano", "lr": 8e-3, "drop_path": 0.05}
+STUDENT: Values = {"lr": 8e-3, "drop_path": 0.05}
+BIFORMER: Values = {
+    **{"embed_dims": [32, 64, 96, 128], "depths": [1, 1, 2, 1], "num_heads": [1, 2, 3, 4], "mlp_ratios": [2, 2, 2, 2]},
+    **{"n_win": 2, "topk": [1, 2, 4, None]},
+}
+STUDENTS: dict[str, Values] = {
+    "debiformer_nano": {"model": "debiformer_nano"},
+    "biformer": {"model": "biformer_tiny", "model_kwargs": BIFORMER},
+}
 TEACHER: Values = {
     "model": "resnet10t",
     "lr": 1e-2,
@@ -80,14 +89,14 @@ def length(study: Study, epochs: int) -> Values:
     return {"iterations": updates, "eval_every": updates, "warmup_updates": updates // 10}
 
 
-def options_of(study: Study, place: Path, variant: str, seed: int) -> Values:
-    """The options of a run. place: the folder of its set; variant: "teacher", or one of `NAMES`."""
+def options_of(study: Study, place: Path, variant: str, seed: int, student: str = "debiformer_nano") -> Values:
+    """The options of a run. place: the folder of its set; variant: "teacher", or one of `NAMES` for a student."""
     values = {**COMMON, **study.options, "seed": seed}
     if study.options["data_set"] == "IMNET":
         values["data_path"] = str(place / "data")
     if variant == "teacher":
         return {**values, **TEACHER, **PLAIN, **length(study, study.teacher_epochs)}
-    values |= {**STUDENT, **length(study, study.epochs)}
+    values |= {**STUDENT, **STUDENTS[student], **length(study, study.epochs)}
     if variant == "tokens":
         own = {"tl_maps": str(place / "maps"), "tl_target": "label", "tl_stage3": True, "tl_mix": False}
         return {**values, "task": "token_labeling", **own}
@@ -135,14 +144,19 @@ def make_data(study: Study, place: Path) -> None:
 
 
 def run_all(root: Path, names: Sequence[str], seeds: int, at_once: int) -> Values:
-    """Train whatever is missing. Returns, per set, the teacher's top-1 and the students' by variant."""
+    """Train whatever is missing. Returns, per set, the teacher's top-1 and the students' by model and variant."""
     found: Values = {}
     with ProcessPoolExecutor(at_once, multiprocessing.get_context("spawn")) as pool:
 
-        def start(study: Study, place: Path, variants: Sequence[str]) -> dict[tuple[str, int], Future]:
-            jobs = [(variant, seed) for seed in range(seeds) for variant in variants]
+        def start(study: Study, place: Path, variants: Sequence[str]) -> dict[tuple[str, str, int], Future]:
+            jobs = itertools.product(STUDENTS, variants, range(seeds))
             return {
-                job: pool.submit(train, place / "{}-{}".format(*job), options_of(study, place, *job)) for job in jobs
+                (student, variant, seed): pool.submit(
+                    train,
+                    place / f"{student}-{variant}-{seed}",
+                    options_of(study, place, variant, seed, student),
+                )
+                for student, variant, seed in jobs
             }
 
         for name in names:
@@ -153,34 +167,45 @@ def run_all(root: Path, names: Sequence[str], seeds: int, at_once: int) -> Value
             accuracy = teacher.result()
             runs |= start(study, place, ["tokens", "features"])
             figures = {job: run.result() for job, run in runs.items()}
-            students = {variant: [figures[variant, seed] for seed in range(seeds)] for variant in NAMES}
+            students = {
+                student: {variant: [figures[student, variant, seed] for seed in range(seeds)] for variant in NAMES}
+                for student in STUDENTS
+            }
             found[name] = {"teacher": accuracy, "students": students}
     return found
 
 
+def compare(students: Mapping[str, Sequence[float]]) -> list[str]:
+    """The table of one model's top-1 by variant, and what it says."""
+    plain = students["plain"]
+    rows, verdicts = [], []
+    for variant, values in students.items():
+        gains = [value - other for value, other in zip(values, plain, strict=True)]
+        gain = statistics.mean(gains)
+        spread = max(statistics.stdev(values), statistics.stdev(plain))
+        each = ", ".join(f"{value:.1f}" for value in values)
+        summary = f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+        rows.append([NAMES[variant], each, summary, f"{gain:+.1f} ± {statistics.stdev(gains):.1f}"])
+        if variant != "plain":
+            word = "more" if gain > spread else "not more"
+            verdicts.append(f"{NAMES[variant]}: {gain:+.1f} points, {word} than the spread of {spread:.1f}")
+    rows[0][-1] = ""
+    header = ["trained", "top-1 per seed (%)", "mean ± deviation", "gain, seed for seed"]
+    return [table(header, rows), f"Better than plain by: {'; '.join(verdicts)}."]
+
+
 def report(sets: Mapping[str, Any]) -> str:
-    """The tables and what they say."""
+    """The tables of all sets."""
     parts = []
     for name, figures in sets.items():
-        study, plain = STUDIES[name], figures["students"]["plain"]
-        rows, verdicts = [], []
-        for variant, values in figures["students"].items():
-            gain = statistics.mean(values) - statistics.mean(plain)
-            spread = max(statistics.stdev(values), statistics.stdev(plain))
-            each = ", ".join(f"{value:.1f}" for value in values)
-            summary = f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
-            rows.append([NAMES[variant], each, summary, "" if variant == "plain" else f"{gain:+.1f}"])
-            if variant != "plain":
-                word = "more" if gain > spread else "not more"
-                verdicts.append(f"{NAMES[variant]}: {gain:+.1f} points, {word} than the spread of {spread:.1f}")
-        header = ["trained", "top-1 per seed (%)", "mean ± deviation", "to plain"]
+        study = STUDIES[name]
         parts += [
             f"## {study.title}",
-            f"{STUDENT['model']}, {study.epochs} epochs of {study.train} images at {SIDE} pixels. Teacher: "
-            f"{TEACHER['model']}, {study.teacher_epochs} epochs, top-1 {figures['teacher']:.1f} %.",
-            table(header, rows),
-            f"Better than plain by: {'; '.join(verdicts)}.",
+            f"{study.epochs} epochs of {study.train} images at {SIDE} pixels. Teacher: {TEACHER['model']}, "
+            f"{study.teacher_epochs} epochs, top-1 {figures['teacher']:.1f} %.",
         ]
+        for student, values in figures["students"].items():
+            parts += [f"### {student}", *compare(values)]
     return "\n\n".join(parts)
 
 

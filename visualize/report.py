@@ -101,8 +101,8 @@ def report_html(
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f'<title>{escape(title)}</title><link rel="icon" href="data:,"><style>{STYLE}</style></head><body>{photo}'
-        f'<h1>{escape(title)}</h1><p class="facts">{escape(facts)}</p>{alarm}'
-        f"{found}{body}</body></html>\n"
+        f'<main><h1>{escape(title)}</h1><p class="facts">{escape(facts)}</p>{alarm}'
+        f"{found}{body}</main></body></html>\n"
     )
 
 

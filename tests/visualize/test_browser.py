@@ -321,17 +321,60 @@ def test_nothing_overlaps(visit, reports, width, scheme):
     assert page_colour == ("rgb(255, 255, 255)" if scheme == "light" else "rgb(21, 21, 21)")
 
 
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
-def test_axe_finds_no_fault_in_contrasts_and_names(visit, width, scheme):
-    script = (npm_package("axe-core") / "axe.min.js").read_text()
-    one = visit(width=width, color_scheme=scheme)
-    one.page.locator("#panels summary").nth(1).click()
-    field = one.page.locator("#point input, #point textarea")
+def states(one, checkpoint):
+    """Every state that the page has, by name: it is in it when this generator stands."""
+    page = one.page
+
+    def after(action):
+        shown = one.panels()
+        action()
+        one.until_changed(shown)
+
+    yield "begun"
+    for stage in (1, 2, 4):
+        after(page.locator(f"#stages button:has-text('Stage {stage}')").click)
+        yield f"stage {stage}"
+    for summary in page.locator("#panels summary").all():
+        summary.click()
+    yield "captions unfolded"
+    page.get_by_role("application").focus()
+    after(lambda: page.keyboard.press("ArrowRight"))
+    yield "point moved by keys"
+    for choice in ("smooth", "one for all"):
+        after(page.locator(f"#settings label:has-text('{choice}')").click)
+    yield "smooth maps of one scale"
+    page.click("input[aria-label='Checkpoint']")
+    page.wait_for_selector("[role=option]")
+    yield "checkpoints unfolded"
+    after(page.locator(f"[role=option]:has-text('{checkpoint}')").click)
+    yield "trained"
+    page.click("#ask-evidence")
+    page.wait_for_selector("#evidence figure")
+    one.settle()
+    yield "class evidence"
+    field = page.locator("#point input, #point textarea")
     field.fill("1000,1")
     field.press("Enter")
-    one.page.wait_for_selector("#message [role=alert]")
+    page.wait_for_selector("#message [role=alert]")
     one.settle()
-    one.page.evaluate(script)
-    # The place to drop a file is Gradio's own, and its name is not the words on it.
-    found = one.page.evaluate("axe.run({ exclude: '#upload' }).then(result => result.violations)")
-    assert [(fault["id"], fault["help"], [node["html"] for node in fault["nodes"]]) for fault in found] == []
+    yield "mistake"
+
+
+def faults(page, excluded=""):
+    """What axe-core finds: the rule, its words and the places."""
+    page.evaluate((npm_package("axe-core") / "axe.min.js").read_text())
+    found = page.evaluate(f"axe.run({{ exclude: {[excluded] if excluded else []} }}).then(result => result.violations)")
+    return [(fault["id"], fault["help"], [node["html"] for node in fault["nodes"]]) for fault in found]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", WIDTHS)
+def test_axe_finds_no_fault_in_any_state(visit, page, reports, width, scheme):
+    one = visit(width=width, color_scheme=scheme)
+    for state in states(one, page.checkpoints[0]):
+        # The place to drop a file is Gradio's own, and its name is not the words on it.
+        assert (state, faults(one.page, "#upload")) == (state, [])
+        assert not scrolls_sideways(one.page), state
+    report = one.context.new_page()
+    report.goto(max(reports.glob("*/*/report.html"), key=os.path.getmtime).as_uri())
+    assert faults(report) == []

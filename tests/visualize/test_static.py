@@ -156,9 +156,9 @@ def opened(tab, photo):
 @pytest.mark.slow
 @pytest.mark.browser
 @pytest.mark.xdist_group("static")
-@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
-def test_a_click_shows_what_the_place_sees(visit, seen, photo, width, scheme):
-    tab = visit(width, color_scheme=scheme)
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_click_shows_what_the_place_sees(visit, seen, photo, width):
+    tab = visit(width)
     opened(tab, photo)
     subject, _, capture = seen
     shown = tab.locator("table td").all_inner_texts()
@@ -189,9 +189,6 @@ def test_a_click_shows_what_the_place_sees(visit, seen, photo, width, scheme):
         box = tab.locator(selector).bounding_box()
         assert box["y"] >= 0
         assert box["y"] + box["height"] <= 844
-    tab.evaluate((npm_package("axe-core") / "axe.min.js").read_text())
-    found = tab.evaluate("axe.run()")["violations"]
-    assert [(each["id"], each["nodes"][0]["html"]) for each in found] == []
 
 
 @pytest.mark.slow
@@ -209,6 +206,39 @@ def test_page_is_used_by_keyboard(visit):
     tab.focus("button:has(img[alt=flower])")
     tab.keyboard.press("Enter")
     tab.wait_for_selector("button[aria-pressed=true] img[alt=flower]")
+
+
+def states(tab, photo, text):
+    """Every state that the page has, by name: it is in it when this generator stands."""
+    yield "begun"
+    for stage in tab.locator("#stage option").all_inner_texts():
+        tab.select_option("#stage", stage)
+        yield f"stage {stage}"
+    tab.select_option("#head", "0")
+    tab.select_option("#block", "0")
+    yield "one head of the first block"
+    opened(tab, photo)
+    yield "own picture"
+    tab.focus("#picture")
+    yield "picture in focus"
+    tab.set_input_files("input[type=file]", text)
+    tab.wait_for_selector("[role=alert]:has-text('is no image')")
+    yield "mistake"
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+@pytest.mark.xdist_group("static")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
+def test_axe_finds_no_fault_in_any_state(visit, photo, tmp_path, width, scheme):
+    tab = visit(width, color_scheme=scheme)
+    (tmp_path / "notes.png").write_text("no picture")
+    tab.evaluate((npm_package("axe-core") / "axe.min.js").read_text())
+    for state in states(tab, photo, tmp_path / "notes.png"):
+        found = tab.evaluate("axe.run()")["violations"]
+        assert (state, [(each["id"], each["nodes"][0]["html"]) for each in found]) == (state, [])
+        assert not tab.evaluate("document.documentElement.scrollWidth > innerWidth"), state
 
 
 @pytest.mark.slow
