@@ -51,8 +51,7 @@ def in_openvino(model: nn.Module, onnx: Path, threads: int) -> Run:
 def in_aoti(model: nn.Module, onnx: Path, threads: int) -> Run:
     """The model compiled by AOTInductor."""
     form, path = FORMATS["aoti"], onnx.with_suffix(".pt2")
-    with torch.inference_mode(False), torch.no_grad():
-        form.write(model, model.default_cfg["input_size"][-1], path)
+    form.write(model, model.default_cfg["input_size"][-1], path)
     run = form.load(path)
     return lambda images: run(images.numpy())
 
@@ -73,7 +72,7 @@ OF_PYTORCH = {"aoti", "pytorch"}
 """Those that take neither a package nor an ONNX file."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of every repeat per model, runtime and batch size, as JSON takes it."""
     torch.set_num_threads(args.threads)
@@ -85,14 +84,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
             inputs[name] = model.default_cfg["input_size"]
             file = Path(folder, f"{name}.onnx")
             if not set(args.runtimes) <= OF_PYTORCH:
-                with torch.no_grad():
-                    onnx_format.write(model, inputs[name][-1], file)
+                onnx_format.write(model, inputs[name][-1], file)
             runs.update({(name, runtime): RUNTIMES[runtime](model, file, args.threads) for runtime in args.runtimes})
         rows = []
         for batch in args.batch_sizes:
             images = {name: torch.randn(batch, *size) for name, size in inputs.items()}
             tasks = {key: lambda run=run, x=images[key[0]]: run(x) for key, run in runs.items()}
-            for (name, runtime), seconds in interleaved_seconds(tasks, args.repeats, torch.device("cpu")).items():
+            with torch.inference_mode():
+                times = interleaved_seconds(tasks, args.repeats, torch.device("cpu"))
+            for (name, runtime), seconds in times.items():
                 rows.append({"model": name, "runtime": runtime, "batch": batch, "seconds": seconds})
     return {"machine": describe_machine(torch.device("cpu")), "rows": rows}
 
