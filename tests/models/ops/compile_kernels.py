@@ -17,6 +17,7 @@ from models.ops import (
     routed_triton,
     routing_triton,
     sampling_triton,
+    strided_triton,
 )
 
 CASES = [
@@ -38,6 +39,9 @@ def run(case, dtype) -> None:
         routing_triton.choose(q, k, case.windows, case.topk, 0.1)
         out, lse = routed_triton.forward(*arguments, *options)
         routed_triton.backward(out, *arguments, out, lse, *options)
+        weight, bias = torch.empty(q.shape[-1], 1, 5, 5, device="meta"), torch.empty(q.shape[-1], device="meta")
+        out = strided_triton.forward(k, weight, bias, bias.new_empty(0), 2)
+        strided_triton.backward(out, k, weight, bias, 2)
     else:
         arguments = q, k, v, *(x.float() for x in others)
         out, lse = deformable_triton.forward(*arguments, case.heads, 0.1)
