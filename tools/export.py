@@ -3,10 +3,11 @@
 python -m tools.export --model debiformer_tiny --checkpoint tiny.pth --format onnx --output tiny.onnx
 
 onnx: one file, for any batch size and, of this project's models, any image size; needs onnx, onnxscript and
-onnxruntime. openvino: a folder with the same for OpenVINO; needs onnx, onnxscript and openvino. aoti: a package that
-PyTorch runs without the model's code, for any batch size; needs g++. tensorrt: an engine for this machine's GPU; needs
-onnx, onnxscript and tensorrt. safetensors: the weights, as timm's `checkpoint_path` takes them. hf: a folder for the
-Hugging Face Hub, or for timm.create_model("local-dir:FOLDER"). docs/EXPORT.md says how each is used.
+onnxruntime; with --int8, in 8-bit integers. openvino: a folder with the same for OpenVINO; needs onnx, onnxscript and
+openvino. aoti: a package that PyTorch runs without the model's code, for any batch size; needs g++. tensorrt: an engine
+for this machine's GPU; needs onnx, onnxscript and tensorrt. safetensors: the weights, as timm's `checkpoint_path` takes
+them. hf: a folder for the Hugging Face Hub, or for timm.create_model("local-dir:FOLDER"). docs/EXPORT.md says how each
+is used.
 """
 
 import importlib
@@ -40,6 +41,8 @@ FOLDERS = ("hf", "openvino")
 """Formats that are folders."""
 TOLERANCE = 1e-4
 """Largest difference of logits that is let pass, as a fraction of the largest logit."""
+INT8_TOLERANCE = 0.05
+"""Share of the images of calibration that 8-bit integers may give another class."""
 
 
 def export_onnx(loaded: Loaded, path: Path) -> float:
@@ -52,6 +55,26 @@ def export_onnx(loaded: Loaded, path: Path) -> float:
     write_onnx(loaded, path)
     session = importlib.import_module("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
     return largest_difference(loaded, lambda images: session.run(None, {"images": images})[0])
+
+
+def export_int8(loaded: Loaded, path: Path, place: str) -> float:
+    """Write what `export_onnx` writes in 8-bit integers, calibrated on images: see `int8.calibration_images`.
+
+    Returns the share of these images that it gives another class than the model. UsageError as `export_onnx`, or for
+    images that cannot be read.
+    """
+    need("--int8", ONNX_PACKAGES)
+    int8 = importlib.import_module("tools.int8")  # imports these packages
+    images = int8.calibration_images(loaded, place)
+    with tempfile.TemporaryDirectory() as folder:
+        onnx = Path(folder, "model.onnx")
+        write_onnx(loaded, onnx)
+        int8.quantize(onnx, path, images)
+    session = importlib.import_module("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
+    batches = images.split(int8.BATCH)
+    found = torch.cat([torch.from_numpy(session.run(None, {"images": batch.numpy()})[0]) for batch in batches])
+    expected = torch.cat([loaded.model(batch) for batch in batches])
+    return float((found.argmax(1) != expected.argmax(1)).float().mean())
 
 
 def export_openvino(loaded: Loaded, path: Path) -> float:
@@ -200,9 +223,10 @@ def make_readable(path: Path) -> None:
 
 
 @torch.no_grad()
-def export(loaded: Loaded, kind: str, path: Path) -> float:
+def export(loaded: Loaded, kind: str, path: Path, calibrate: str = "") -> float:
     """Write the model to `path` in one of FORMATS, whole or not at all. Returns how far its logits are off.
 
+    calibrate: where images are; if given, writes and returns what `export_int8` does.
     UsageError if they are off by more than TOLERANCE, or the path cannot be written.
     """
     if kind in FOLDERS and path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -214,8 +238,10 @@ def export(loaded: Loaded, kind: str, path: Path) -> float:
         with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
             temporary = Path(folder, "written", path.name)
             temporary.parent.mkdir()
-            error = FORMATS[kind](loaded, temporary)
-            if not error <= TOLERANCE:
+            error = export_int8(loaded, temporary, calibrate) if calibrate else FORMATS[kind](loaded, temporary)
+            if calibrate and error > INT8_TOLERANCE:
+                raise UsageError(f"in 8-bit integers {error:.0%} of the images of calibration change class; not kept")
+            if not calibrate and not error <= TOLERANCE:
                 raise UsageError(f"the logits of what was exported are off by {error:.1e} of the largest; not kept")
             make_readable(temporary)
             os.replace(temporary, path)
@@ -229,11 +255,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = model_parser("tools.export", "Write a model in another format, and check what was written.")
     parser.add_argument("--format", required=True, choices=FORMATS, help="what to write")
     parser.add_argument("--output", required=True, type=Path, help=f"file, or folder for {' and '.join(FOLDERS)}")
+    parser.add_argument(
+        "--int8", default="", metavar="IMAGES", help="onnx in 8-bit integers, calibrated on a folder's images or DIGITS"
+    )
     args, loaded = load_from(parser, argv)
+    if args.int8 and args.format != "onnx":
+        raise UsageError(f"--int8 is for --format onnx, not {args.format}")
     if not loaded.trained:
         print(UNTRAINED)
-    error = export(loaded, args.format, args.output)
-    print(f"Wrote {args.output}; read back, its logits differ by {error:.1e} of the largest")
+    error = export(loaded, args.format, args.output, args.int8)
+    off = f"{error:.1%} of the images change class" if args.int8 else f"its logits differ by {error:.1e} of the largest"
+    print(f"Wrote {args.output}; read back, {off}")
 
 
 if __name__ == "__main__":

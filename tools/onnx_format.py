@@ -82,11 +82,13 @@ def exporting() -> Iterator[None]:
 def save(program: "onnx_ir.Model", sides: tuple[str | int, str | int], path: Path) -> None:
     """Write a program of one input and one output: `images` (batch, channels, *sides) -> `logits` (batch, ...)."""
     import onnx_ir
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
     images, logits = program.graph.inputs[0], program.graph.outputs[0]
     images.name, logits.name = "images", "logits"
     images.shape = onnx_ir.Shape(["batch", images.shape[1], *sides])
     logits.shape = onnx_ir.Shape(["batch", *logits.shape[1:]])
+    ClearMetadataAndDocStringPass()(program)  # where each node was in whose source files
     onnx_ir.save(program, path)
 
 
