@@ -20,6 +20,7 @@ from torch.export import Dim, ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from models.backbone import Backbone
+from models.fusion import fuse
 from models.ops.backend import use_backend
 from runtime.errors import UsageError
 
@@ -55,6 +56,7 @@ def _plainly() -> Iterator[None]:
 
 def program(model: nn.Module, size: int) -> ExportedProgram:
     """The model as torch.export has it, for any batch of images of size x size pixels. UsageError if it cannot be."""
+    model = fuse(model) if isinstance(model, Backbone) else model
     try:
         with _plainly():
             return torch.export.export(model, (torch.zeros(2, 3, size, size),), dynamic_shapes=({0: Dim("batch")},))
