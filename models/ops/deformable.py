@@ -52,12 +52,32 @@ def sample_agents(x: Tensor, positions: Tensor) -> Tensor:
         return _sample(x, positions)
     if backend == "export":
         return deformable_export.sample(x, positions)
+    return _sample_rows(x, positions)
+
+
+def _sample_rows(x: Tensor, positions: Tensor) -> Tensor:
+    """`sample_agents` by gathering the four tokens around each agent: the map is neither copied nor turned."""
     b, h, w, c = x.shape
-    _, ha, wa, g, _ = positions.shape
-    channels = x.view(b, h, w, g, c // g).permute(0, 3, 4, 1, 2).reshape(b * g, c // g, h, w)
-    grid = positions.flip(-1).permute(0, 3, 1, 2, 4).reshape(b * g, ha, wa, 2)
-    sampled = F.grid_sample(channels.to(grid.dtype), grid, mode="bilinear", align_corners=True)
-    return sampled.view(b, c, ha, wa).permute(0, 2, 3, 1).to(x.dtype)
+    groups = positions.shape[3]
+    cells = (positions + 1) * (positions.new_tensor([h - 1, w - 1]) / 2)
+    corner = cells.detach().floor()
+    fraction = (cells - corner).flatten(0, 3)  # (B*Ha*Wa*g, 2)
+    y, x0 = corner.long().unbind(-1)
+    batch = torch.arange(b, device=x.device)[:, None, None, None]
+    group = torch.arange(groups, device=x.device)
+    rows = x.reshape(-1, c // groups)
+
+    def read(dy: int, dx: int) -> Tensor:
+        """The tokens that lie so many cells behind the corners, times their shares; zero outside the map."""
+        row, column = y + dy, x0 + dx
+        inside = ((row < h) & (column < w)).flatten()
+        index = ((batch * h + row.clamp(max=h - 1)) * w + column.clamp(max=w - 1)) * groups + group
+        (fy, fx) = fraction.unbind(-1)
+        share = (fy if dy else 1 - fy) * (fx if dx else 1 - fx) * inside
+        return rows.index_select(0, index.flatten()).to(share.dtype) * share[:, None]
+
+    sampled = read(0, 0) + read(0, 1) + read(1, 0) + read(1, 1)
+    return sampled.view(*positions.shape[:3], c).to(x.dtype)
 
 
 def token_grid(height: int, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:

@@ -139,10 +139,9 @@ def _forward(
     backend: str,
     workspace: int,
 ) -> tuple[Tensor, Tensor]:
-    """Output, and what the backend wants to know of it in backward (nothing, for "torch")."""
+    """Output, and what the backend wants to know of it in backward."""
     if backend == "torch":
-        out = routed_torch.forward(q, k, v, idx, (rows, columns), num_heads, scale, workspace)
-        return out, q.new_empty(0, dtype=torch.float32)
+        return routed_torch.forward(q, k, v, idx, (rows, columns), num_heads, scale, workspace)
     from . import routed_triton
 
     return routed_triton.forward(q, k, v, idx, (rows, columns), num_heads, scale)
@@ -164,7 +163,7 @@ def _backward(
     workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if backend == "torch":
-        return routed_torch.backward(grad, q, k, v, idx, (rows, columns), num_heads, scale, workspace)
+        return routed_torch.backward(grad, q, k, v, idx, out, lse, (rows, columns), num_heads, scale, workspace)
     from . import routed_triton
 
     return routed_triton.backward(grad, q, k, v, idx, out, lse, (rows, columns), num_heads, scale)
@@ -182,8 +181,9 @@ def _outputs_like(
     backend: str,
     _: int,
 ) -> tuple[Tensor, Tensor]:
-    lse = (0,) if backend == "torch" else (q.shape[0], num_heads, q.shape[1] * q.shape[2])
-    return q.new_empty(q.shape), q.new_empty(lse, dtype=torch.float32)
+    if backend == "torch":
+        return q.new_empty(q.shape), routed_torch.lse_like(q, num_heads)
+    return q.new_empty(q.shape), q.new_empty((q.shape[0], num_heads, q.shape[1] * q.shape[2]), dtype=torch.float32)
 
 
 def _products(q: torch.Size, k: torch.Size, idx: torch.Size) -> int:

@@ -55,6 +55,10 @@ class _Chunks:
             x = x.view(-1, self.keys, self.q.shape[-1])
         return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
+    def sums(self, lse: Tensor) -> Tensor:
+        """What `lse_like` makes, by windows: (B*P, m, n)."""
+        return lse.view(len(self.q), self.num_heads, -1)
+
     def gather(self, x: Tensor, chunk: slice) -> Tensor:
         """Routed windows of the chunk's query windows: (R, m, k*w, C/m), a copy."""
         return self.heads(x.index_select(0, self.rows[chunk].flatten()))
@@ -105,6 +109,49 @@ def _is_dense(q: Tensor, k: Tensor, idx: Tensor, workspace: int) -> bool:
     return queries * keys * q.element_size() <= workspace and queries <= DENSE_COST * topk
 
 
+def lse_like(q: Tensor, num_heads: int) -> Tensor:
+    """An empty tensor for what `forward` tells `backward`: on CPUs the logarithm of every query's sum (B, m, Hq*Wq).
+
+    In float32 at least. Elsewhere it has no elements, and backward computes the weights again.
+    """
+    shape = (q.shape[0], num_heads, q.shape[1] * q.shape[2]) if q.device.type == "cpu" else (0,)
+    return q.new_empty(shape, dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> tuple[Tensor, Tensor | None]:
+    """Attention (R, m, n, C/m), and on CPUs the logarithms of the sums (R, m, n)."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale), None
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    return flash(*_rows_of_channels(q, k, v), 0.0, False, attn_mask=bias, scale=scale)
+
+
+def _gradients(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the arguments of `_attend`; out, lse: what it returned."""
+    if q.device.type == "cpu":
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        inputs = _rows_of_channels(dout, q, k, v, out)
+        return flash(*inputs, lse, 0.0, False, attn_mask=bias, scale=scale)
+    logits = (q * scale) @ k.mT
+    weights = (logits if bias is None else logits.add_(bias)).softmax(-1)
+    dlogits = torch._softmax_backward_data(dout @ v.mT, weights, -1, q.dtype).mul_(scale)
+    return dlogits @ k, dlogits.mT @ q, weights.mT @ dout
+
+
+def _rows_of_channels(*tensors: Tensor) -> list[Tensor]:
+    """The tensors with the numbers of a head side by side, as PyTorch's kernel wants them."""
+    return [x if x.stride(-1) == 1 else x.contiguous() for x in tensors]
+
+
 def forward(
     q: Tensor,
     k: Tensor,
@@ -114,8 +161,8 @@ def forward(
     num_heads: int,
     scale: float,
     workspace: int,
-) -> Tensor:
-    """See `ops.routed_attention`."""
+) -> tuple[Tensor, Tensor]:
+    """See `ops.routed_attention`; and what `backward` wants to know."""
     way = _forward_dense if _is_dense(q, k, idx, workspace) else _forward_gathered
     return way(q, k, v, idx, n_win, num_heads, scale, workspace)
 
@@ -126,6 +173,8 @@ def backward(
     k: Tensor,
     v: Tensor,
     idx: Tensor,
+    out: Tensor,
+    lse: Tensor,
     n_win: tuple[int, int],
     num_heads: int,
     scale: float,
@@ -135,7 +184,7 @@ def backward(
     way = _backward_dense if _is_dense(q, k, idx, workspace) else _backward_gathered
     # Autocast would take the products to half precision again.
     with torch.autocast(q.device.type, enabled=False):
-        return way(grad, q, k, v, idx, n_win, num_heads, scale, workspace)
+        return way(grad, q, k, v, idx, out, lse, n_win, num_heads, scale, workspace)
 
 
 def _forward_dense(
@@ -147,15 +196,16 @@ def _forward_dense(
     num_heads: int,
     scale: float,
     workspace: int,
-) -> Tensor:
-    dense = _Dense(q, k, v, idx, n_win, num_heads)
+) -> tuple[Tensor, Tensor]:
+    dense, lse = _Dense(q, k, v, idx, n_win, num_heads), lse_like(q, num_heads)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     for images in dense.chunks(1, q.element_size(), workspace):
         bias = dense.bias(images, q.dtype)
-        dense.heads(out)[images] = F.scaled_dot_product_attention(
-            dense.q[images], dense.k[images], dense.v[images], attn_mask=bias, scale=scale
-        )
-    return out
+        part, sums = _attend(dense.q[images], dense.k[images], dense.v[images], bias, scale)
+        dense.heads(out)[images] = part
+        if sums is not None:
+            lse[images] = sums
+    return out, lse
 
 
 def _backward_dense(
@@ -164,6 +214,8 @@ def _backward_dense(
     k: Tensor,
     v: Tensor,
     idx: Tensor,
+    out: Tensor,
+    lse: Tensor,
     n_win: tuple[int, int],
     num_heads: int,
     scale: float,
@@ -171,13 +223,13 @@ def _backward_dense(
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(q.dtype, torch.float32)
     dense, grads = _Dense(q, k, v, idx, n_win, num_heads), tuple(x.new_empty(x.shape) for x in (q, k, v))
-    dout = dense.heads(grad)
-    for images in dense.chunks(3 * num_heads + 1, dtype.itemsize, workspace):
-        queries, keys, values, douts = (x[images].to(dtype) for x in (dense.q, dense.k, dense.v, dout))
-        logits = (queries * scale) @ keys.mT
-        weights = logits.add_(dense.bias(images, dtype)).softmax(-1)
-        dlogits = torch._softmax_backward_data(douts @ values.mT, weights, -1, dtype).mul_(scale)
-        for target, part in zip(grads, (dlogits @ keys, dlogits.mT @ queries, weights.mT @ douts), strict=True):
+    sources = dense.heads(grad), dense.q, dense.k, dense.v
+    # On CPUs no logits are kept, but there is the bias.
+    for images in dense.chunks(1 if q.device.type == "cpu" else 3 * num_heads + 1, dtype.itemsize, workspace):
+        inputs = (x[images].to(dtype) for x in sources)
+        read = dense.heads(out)[images].to(dtype)
+        parts = _gradients(*inputs, dense.bias(images, dtype), read, lse[images], scale)
+        for target, part in zip(grads, parts, strict=True):
             dense.heads(target)[images] = part.to(target.dtype)
     return grads
 
@@ -191,14 +243,17 @@ def _forward_gathered(
     num_heads: int,
     scale: float,
     workspace: int,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     height, width, c = q.shape[1:]
     chunks = _Chunks(to_windows(q, n_win), to_windows(k, n_win), to_windows(v, n_win), idx, num_heads)
-    out = torch.empty_like(chunks.q, memory_format=torch.contiguous_format)
+    out, lse = torch.empty_like(chunks.q, memory_format=torch.contiguous_format), lse_like(q, num_heads)
     for chunk in chunks.slices(2 * chunks.keys * c, q.element_size(), workspace):
         inputs = chunks.heads(chunks.q[chunk]), chunks.gather(chunks.k, chunk), chunks.gather(chunks.v, chunk)
-        out[chunk] = F.scaled_dot_product_attention(*inputs, scale=scale).transpose(1, 2).flatten(2)
-    return from_windows(out.unflatten(0, idx.shape[:2]), n_win, height, width)
+        part, sums = _attend(*inputs, None, scale)
+        out[chunk] = part.transpose(1, 2).flatten(2)
+        if sums is not None:
+            chunks.sums(lse)[chunk] = sums
+    return from_windows(out.unflatten(0, idx.shape[:2]), n_win, height, width), lse
 
 
 def _backward_gathered(
@@ -207,14 +262,16 @@ def _backward_gathered(
     k: Tensor,
     v: Tensor,
     idx: Tensor,
+    out: Tensor,
+    lse: Tensor,
     n_win: tuple[int, int],
     num_heads: int,
     scale: float,
     workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(q.dtype, torch.float32)
+    dtype, on_cpu = torch.promote_types(q.dtype, torch.float32), q.device.type == "cpu"
     chunks = _Chunks(to_windows(q, n_win), to_windows(k, n_win), to_windows(v, n_win), idx, num_heads)
-    grad_rows = to_windows(grad, n_win).reshape(chunks.q.shape)
+    grad_rows, out_rows = (to_windows(x, n_win).reshape(chunks.q.shape) for x in (grad, out))
     dq = torch.empty_like(chunks.q, memory_format=torch.contiguous_format)
     dk, dv = torch.zeros_like(chunks.k, dtype=dtype), torch.zeros_like(chunks.v, dtype=dtype)
     queries_per_window, c = chunks.q.shape[1:]
@@ -222,21 +279,22 @@ def _backward_gathered(
     def rows(x: Tensor) -> Tensor:  # (R, m, k*w, C/m) -> (R*k, w*C)
         return x.transpose(1, 2).reshape(-1, chunks.k.shape[1])
 
-    # Per query window: gathered keys and values with their gradients, and four arrays like the logits. Windows that
-    # are too large for the workspace are taken one at a time, with as many of their queries at a time as fit.
-    copies, logits = 4 * chunks.keys * c, 4 * chunks.keys * num_heads
-    tile = min(queries_per_window, max(1, (workspace // dtype.itemsize - copies) // logits))
+    # Per query window: gathered keys and values with their gradients, and elsewhere than on CPUs four arrays like the
+    # logits. Windows too large for the workspace are taken one at a time, with as many of their queries as fit.
+    copies, logits = 4 * chunks.keys * c, 0 if on_cpu else 4 * chunks.keys * num_heads
+    tile = min(queries_per_window, max(1, (workspace // dtype.itemsize - copies) // max(logits, 1)))
+    tile = queries_per_window if on_cpu else tile
     for chunk in chunks.slices(copies + logits * queries_per_window, dtype.itemsize, workspace):
         keys, values = chunks.gather(chunks.k, chunk).to(dtype), chunks.gather(chunks.v, chunk).to(dtype)
         dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
         for start in range(0, queries_per_window, tile):
             part = chunk, slice(start, start + tile)
-            queries, dout = chunks.heads(chunks.q[part]).to(dtype), chunks.heads(grad_rows[part]).to(dtype)
-            weights = ((queries * scale) @ keys.mT).softmax(-1)
-            dlogits = torch._softmax_backward_data(dout @ values.mT, weights, -1, dtype)
-            dq[part] = (dlogits @ keys).mul_(scale).transpose(1, 2).flatten(2).to(q.dtype)
-            dkeys += (dlogits.mT @ queries).mul_(scale)
-            dvalues += weights.mT @ dout
+            queries, dout, read = (chunks.heads(x[part]).to(dtype) for x in (chunks.q, grad_rows, out_rows))
+            sums = chunks.sums(lse)[chunk] if on_cpu else lse
+            dqueries, *others = _gradients(dout, queries, keys, values, None, read, sums, scale)
+            dq[part] = dqueries.transpose(1, 2).flatten(2).to(q.dtype)
+            dkeys += others[0]
+            dvalues += others[1]
         into = chunks.rows[chunk].flatten()
         add_rows_(dk, into, rows(dkeys))
         add_rows_(dv, into, rows(dvalues))
