@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 
 RESULTS = Path(__file__).parent / "results"
+LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
+"""Variables by which PyTorch, oneDNN and MKL use fewer instructions than the processor has."""
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -34,6 +36,7 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "limits": {name: os.environ[name] for name in LIMITS if name in os.environ},
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "cuda": torch.version.cuda if device.type == "cuda" else None,
@@ -43,7 +46,8 @@ def describe_machine(device: torch.device) -> dict[str, Any]:
 
 def machine_line(machine: Mapping[str, Any]) -> str:
     """The description as one line of text."""
-    where = f"{machine['cpu']}, {machine['threads']} threads, {machine['instructions']}"
+    limits = "".join(f" {name}={value}" for name, value in machine.get("limits", {}).items())
+    where = f"{machine['cpu']}, {machine['threads']} threads, {machine['instructions']}{limits}"
     if machine["gpu"]:
         where = f"{machine['gpu']}, CUDA {machine['cuda']}, Triton {machine['triton']}"
     return f"{where}; torch {machine['torch']}, timm {machine['timm']}, Python {machine['python']}; {machine['date']}"
@@ -163,12 +167,16 @@ def _resident(field: str) -> int:
 # -- results ------------------------------------------------------------------------------------------------------
 
 
-def write_result(name: str, result: Mapping[str, Any], markdown: str, folder: Path) -> None:
-    """A result as NAME-DEVICE.json, and NAME-DEVICE.md for reading."""
+def stem(name: str, result: Mapping[str, Any], processor: str = "") -> str:
+    """NAME-DEVICE, and -PROCESSOR where a result is of another one than the page of that name."""
+    return "-".join(filter(None, (name, result["machine"]["device"], processor)))
+
+
+def write_result(name: str, result: Mapping[str, Any], markdown: str, folder: Path, processor: str = "") -> None:
+    """A result as a .json file, and a .md file for reading."""
     folder.mkdir(parents=True, exist_ok=True)
-    stem = f"{name}-{result['machine']['device']}"
-    (folder / f"{stem}.json").write_text(json.dumps(result, indent=1) + "\n")
-    (folder / f"{stem}.md").write_text(markdown + "\n")
+    (folder / f"{stem(name, result, processor)}.json").write_text(json.dumps(result, indent=1) + "\n")
+    (folder / f"{stem(name, result, processor)}.md").write_text(markdown + "\n")
 
 
 def read_result(name: str, device: str, folder: Path = RESULTS) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from models.weights.releases import RELEASES
 from runtime import plot_style
 
-from .measure import RESULTS, machine_line
+from .measure import RESULTS, machine_line, stem
 
 IMAGES = Path(__file__).parent.parent / "docs" / "images"
 
@@ -32,15 +32,15 @@ TOP1 = {
 """Published top-1 accuracy on ImageNet-1K in percent, trained on it alone at 224 pixels."""
 
 
-def draw(name: str, result: Mapping[str, Any], folder: Path) -> None:
-    """Draw a result of `benchmarks.speed` as NAME-DEVICE.png, if it is one that makes a curve."""
+def draw(name: str, result: Mapping[str, Any], folder: Path, processor: str = "") -> None:
+    """Draw a result of `benchmarks.speed` as a .png file, if it is one that makes a curve."""
     if name not in PAINTERS:
         return
     folder.mkdir(parents=True, exist_ok=True)
     with plot_style.applied():
         figure = PAINTERS[name](result["rows"])
         figure.supxlabel(machine_line(result["machine"]), fontsize=7, color=plot_style.SOFT)
-        figure.savefig(folder / f"{name}-{result['machine']['device']}.png")
+        figure.savefig(folder / f"{stem(name, result, processor)}.png")
 
 
 def accuracy(rows: list[dict[str, Any]]) -> Figure:

@@ -18,7 +18,7 @@ import dataclasses
 import itertools
 import os
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--no_memory", action="store_true", help="leave out peak memory")
     parser.add_argument("--no_floor", action="store_true", help="leave out the layers timed one by one")
     parser.add_argument("--write", action="store_true", help="write the results and draw them")
+    parser.add_argument(
+        "--processor", default="", help="a name for it, added to those of the results' files: zen4, zen4-avx2"
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for --write")
     parser.add_argument("--images", type=Path, default=plots.IMAGES, help="folder of the plots of --write")
     return parser
@@ -155,7 +158,20 @@ def plan(args: argparse.Namespace, device: torch.device) -> list[Case]:
             continue
         for backend in backends if is_ours(model) else [None]:
             cases.append(Case(model, args.batch_size or batch_size, task, backend, dtype, size, mode, variant))
+    if not (args.sweep or args.dtype) and device.type == "cpu" and computes_bf16():
+        cases = [case for fp32 in cases for case in (fp32, *_in_bf16(fp32, backends[0]))]
     return cases
+
+
+def computes_bf16() -> bool:
+    """Whether this processor multiplies bfloat16, as far as PyTorch may use its instructions."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX512" and torch.cpu._is_avx512_bf16_supported()
+
+
+def _in_bf16(case: Case, backend: str) -> list[Case]:
+    """The same case in bfloat16, if it is one of those that are measured in it."""
+    wanted = case.mode == "eager" and (case.model, case.backend) in ((report.OURS, backend), (report.PEER, None))
+    return [dataclasses.replace(case, dtype="bf16")] if wanted else []
 
 
 def rounds(cases: Sequence[Case]) -> Iterator[list[Case]]:
@@ -169,9 +185,12 @@ def rounds(cases: Sequence[Case]) -> Iterator[list[Case]]:
 
 
 def measure_cases(
-    cases: Sequence[Case], device: torch.device, repeats: int, memory: bool, rate: float
+    cases: Sequence[Case], device: torch.device, repeats: int, memory: bool, rates: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """One row per case: the case, seconds of every step, images/s, operations, MFU and peak memory in bytes."""
+    """One row per case: the case, seconds of every step, images/s, operations, MFU and peak memory in bytes.
+
+    rates: of a large matrix product, by dtype.
+    """
     rows = []
     for group in rounds(cases):
         steps = {number: build_step(case, device) for number, case in enumerate(group)}
@@ -186,7 +205,7 @@ def measure_cases(
                 "seconds": timed[number],
                 "images_per_second": case.batch_size / seconds,
                 "flops": flops,
-                "mfu": flops / seconds / rate,
+                "mfu": flops / seconds / rates[case.dtype],
                 "peak_memory": peak_memory(case, device) if measurable else None,
             }
             rows.append(row)
@@ -201,12 +220,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     device = utils.choose_device(args.device, distributed.DistInfo())
     torch.set_num_threads(args.threads)
     cases = plan(args, device)
-    rate = matrix_rate(device, DTYPES[cases[0].dtype])
+    rates = {case.dtype: matrix_rate(device, DTYPES[case.dtype]) for case in cases}
     result = {
         "machine": describe_machine(device),
         "copy_bandwidth": copy_bandwidth(device),
-        "matrix_rate": rate,
-        "rows": measure_cases(cases, device, args.repeats, not args.no_memory, rate),
+        "matrix_rate": rates[cases[0].dtype],
+        "rows": measure_cases(cases, device, args.repeats, not args.no_memory, rates),
         "floors": {},
         "large_maps": {},
     }
@@ -227,8 +246,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     markdown = report.speed_report(name, result)
     print(markdown)
     if args.write:
-        write_result(name, result, markdown, args.results)
-        plots.draw(name, result, args.images)
+        write_result(name, result, markdown, args.results, args.processor)
+        plots.draw(name, result, args.images, args.processor)
 
 
 if __name__ == "__main__":

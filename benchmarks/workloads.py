@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import timm
@@ -149,7 +150,8 @@ def _compiled(model: nn.Module, case: Case) -> nn.Module:
 def layer_floor(case: Case, device: torch.device, repeats: int) -> dict[str, float]:
     """Seconds that the convolutions and linear layers of one forward pass take, each timed alone on its own input.
 
-    Keys: "as_run", every layer as the model runs it; "as_linear", 1x1 convolutions and linear layers by F.linear.
+    Keys: "as_run", every layer as the model runs it; "as_linear" and "as_convolution", 1x1 convolutions and linear
+    layers by F.linear and by F.conv2d; "fastest", every layer in the fastest of these ways.
     """
     model = create(case).eval().to(device, memory_format=torch.channels_last)
     images = torch.randn(case.images_shape, device=device).contiguous(memory_format=torch.channels_last)
@@ -164,24 +166,28 @@ def layer_floor(case: Case, device: torch.device, repeats: int) -> dict[str, flo
         model(images)
         for hook in hooks:
             hook.remove()
-        seconds = {"as_run": 0.0, "as_linear": 0.0}
+        seconds = dict.fromkeys(("as_run", "as_linear", "as_convolution", "fastest"), 0.0)
         for layer, x in calls:
-            tasks = {"as_run": lambda layer=layer, x=x: layer(x)}
-            if (linear := as_linear(layer, x)) is not None:
-                tasks["as_linear"] = linear
-            timed = interleaved_seconds(tasks, repeats, device)
-            for kind in seconds:
-                seconds[kind] += statistics.median(timed.get(kind, timed["as_run"]))
+            timed = interleaved_seconds({"as_run": partial(layer, x), **ways_of(layer, x)}, repeats, device)
+            medians = {way: statistics.median(values) for way, values in timed.items()}
+            medians["fastest"] = min(medians.values())
+            for way in seconds:
+                seconds[way] += medians.get(way, medians["as_run"])
     return seconds
 
 
-def as_linear(layer: nn.Module, x: Tensor) -> Callable[[], Tensor] | None:
-    """The layer on x as a matrix product of whole rows, None if it is none."""
+def ways_of(layer: nn.Module, x: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """The layer on x as a product of whole rows, and as a 1x1 convolution of them; nothing if it is neither."""
     if isinstance(layer, nn.Conv2d) and not isinstance(layer, PointwiseConv):
         if layer.kernel_size != (1, 1) or layer.stride != (1, 1) or layer.groups != 1:
-            return None
+            return {}
         x = x.permute(0, 2, 3, 1)
-    return lambda: F.linear(x, layer.weight.flatten(1), layer.bias)
+    weight = layer.weight.flatten(1)
+    image, kernel = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2), weight[..., None, None]
+    return {
+        "as_linear": lambda: F.linear(x, weight, layer.bias),
+        "as_convolution": lambda: F.conv2d(image, kernel, layer.bias),
+    }
 
 
 # -- large maps ---------------------------------------------------------------------------------------------------

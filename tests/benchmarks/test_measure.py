@@ -99,6 +99,11 @@ def test_read_result_reads_what_write_result_wrote(tmp_path):
     assert read_result("speed", "cuda", tmp_path / "results") is None
 
 
+def test_describe_machine_tells_what_instructions_it_may_use(monkeypatch):
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    assert "ATEN_CPU_CAPABILITY=avx2" in machine_line(describe_machine(CPU))
+
+
 def test_describe_machine_tells_what_it_is():
     machine = json.loads(json.dumps(describe_machine(CPU)))
     assert machine["torch"] == torch.__version__

@@ -12,13 +12,13 @@ from benchmarks.model_table import count_macs
 from benchmarks.workloads import (
     Case,
     _OnBackend,
-    as_linear,
     build_step,
     create,
     forward_flops,
     is_ours,
     layer_floor,
     step_flops,
+    ways_of,
 )
 from models import MODEL_NAMES
 from models.layers import DepthwiseConv, MapLinear, PointwiseConv
@@ -115,32 +115,37 @@ def test_build_step_compiles_every_backend_for_itself():
         (nn.Conv2d(4, 6, 1), (2, 4, 3, 3)),
     ],
 )
-def test_as_linear_equals_the_layer_it_replaces(layer, shape):
+def test_ways_of_a_layer_compute_what_it_computes(layer, shape):
     x = torch.randn(shape)
-    product = as_linear(layer, x)()
+    expected = layer(x)
     if type(layer) is nn.Conv2d:
-        product = product.permute(0, 3, 1, 2)
-    torch.testing.assert_close(product, layer(x))
+        expected = expected.permute(0, 2, 3, 1)
+    ways = ways_of(layer, x)
+    torch.testing.assert_close(ways["as_linear"](), expected)
+    rows = ways["as_convolution"]().permute(0, 2, 3, 1)
+    torch.testing.assert_close(rows.reshape(expected.shape), expected)
 
 
 @pytest.mark.parametrize("layer", [nn.Conv2d(4, 6, 3), nn.Conv2d(4, 6, 1, stride=2), DepthwiseConv(4, 3)])
-def test_as_linear_refuses_other_convolutions(layer):
-    assert as_linear(layer, torch.randn(2, 4, 5, 5)) is None
+def test_other_convolutions_have_one_way(layer):
+    assert ways_of(layer, torch.randn(2, 4, 5, 5)) == {}
 
 
-def test_layer_floor_times_every_layer_once(monkeypatch):
+def test_layer_floor_times_every_layer_in_every_way(monkeypatch):
     timed = []
+    seconds_of = {"as_run": 3.0, "as_linear": 2.0, "as_convolution": 1.0}
 
     def seconds(tasks, *_):
         timed.append(set(tasks))
-        return {name: [1.0] for name in tasks}
+        return {name: [seconds_of[name]] for name in tasks}
 
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 1), nn.Flatten(), nn.LazyLinear(7))
     model(torch.randn(1, 3, 8, 8))
     monkeypatch.setattr("benchmarks.workloads.create", lambda case: model)
     monkeypatch.setattr("benchmarks.workloads.interleaved_seconds", seconds)
-    assert layer_floor(Case("any", 1, input_size=8), CPU, repeats=1) == {"as_run": 3.0, "as_linear": 3.0}
-    assert timed == [{"as_run"}, {"as_run", "as_linear"}, {"as_run", "as_linear"}]
+    floor = layer_floor(Case("any", 1, input_size=8), CPU, repeats=1)
+    assert floor == {"as_run": 9.0, "as_linear": 7.0, "as_convolution": 5.0, "fastest": 5.0}
+    assert timed == [{"as_run"}, set(seconds_of), set(seconds_of)]
 
 
 def test_peak_memory_of_training_is_above_that_of_inference():
