@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from .backend import choose_backend
 from .operators import differentiable
@@ -17,6 +18,10 @@ from .processor import mkl_is_fast
 from .windows import pad_to_sides
 
 _ONEDNN = torch.backends.mkldnn.is_available()
+if _ONEDNN:
+    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(
+        lambda x, weight, *_, **__: 2 * x.numel() * weight[0],
+    )
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
