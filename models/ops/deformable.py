@@ -71,7 +71,7 @@ def _sample_rows(x: Tensor, positions: Tensor) -> Tensor:
         """The tokens that lie so many cells behind the corners, times their shares; zero outside the map."""
         row, column = y + dy, x0 + dx
         inside = ((row < h) & (column < w)).flatten()
-        index = ((batch * h + row.clamp(max=h - 1)) * w + column.clamp(max=w - 1)) * groups + group
+        index = ((batch * h + row.clamp(0, h - 1)) * w + column.clamp(0, w - 1)) * groups + group
         (fy, fx) = fraction.unbind(-1)
         share = (fy if dy else 1 - fy) * (fx if dx else 1 - fx) * inside
         return rows.index_select(0, index.flatten()).to(share.dtype) * share[:, None]

@@ -33,8 +33,7 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     device, exported = x.device.type, choose_backend(None, x) == "export"
     on_cpu = _ONEDNN and device == "cpu" and x.dtype == torch.float32
-    eager = not (exported or torch.compiler.is_compiling() or torch.is_autocast_enabled(device))
-    if on_cpu and eager:
+    if on_cpu and not (exported or torch.compiler.is_compiling() or torch.is_autocast_enabled(device)):
         return _Linear.apply(x, weight.flatten(1), bias)
     if x.ndim == 4 and (on_cpu or exported):
         kernel = weight if weight.ndim == 4 else weight[..., None, None]

@@ -214,3 +214,8 @@ def test_gradients_of_deformable_attention():
     table, positions = normal(2, 5, 5), 0.4 * normal(1, 2, 2, 2, 2, seed=3)
     inputs = [x.requires_grad_() for x in (q, k, v, table, positions)]
     assert gradcheck(lambda *x: ops.deformable_attention(*x, num_heads=2, scale=0.5), inputs)
+
+
+def test_agents_at_no_number_read_no_number():
+    agents = ops.sample_agents(torch.ones(1, 3, 4, 2), torch.full((1, 1, 1, 1, 2), torch.nan))
+    assert agents.isnan().all()
