@@ -4,10 +4,10 @@ python -m tools.export --model debiformer_tiny --checkpoint tiny.pth --format on
 
 onnx: one file, for any batch size and, of this project's models, any image size; needs onnx, onnxscript and
 onnxruntime; with --int8, in 8-bit integers. openvino: a folder with the same for OpenVINO; needs onnx, onnxscript and
-openvino. aoti: a package that PyTorch runs without the model's code, for any batch size; needs g++. tensorrt: an engine
-for this machine's GPU; needs onnx, onnxscript and tensorrt. safetensors: the weights, as timm's `checkpoint_path` takes
-them. hf: a folder for the Hugging Face Hub, or for timm.create_model("local-dir:FOLDER"). docs/EXPORT.md says how each
-is used.
+openvino. aoti: a package that PyTorch runs without the model's code, for any batch size; needs g++. executorch: a
+program for phones and small devices, of one image at a time; needs executorch. tensorrt: an engine for this machine's
+GPU; needs onnx, onnxscript and tensorrt. safetensors: the weights, as timm's `checkpoint_path` takes them. hf: a folder
+for the Hugging Face Hub, or for timm.create_model("local-dir:FOLDER"). docs/EXPORT.md says how each is used.
 """
 
 import importlib
@@ -110,12 +110,14 @@ def write_onnx(loaded: Loaded, path: Path) -> None:
         raise UsageError(f"torch.onnx cannot export {loaded.options.model}: {cause}") from error
 
 
-def largest_difference(loaded: Loaded, run: runtime_formats.Run, any_size: bool = True) -> float:
+def largest_difference(
+    loaded: Loaded, run: runtime_formats.Run, any_size: bool = True, any_batch: bool = True
+) -> float:
     """See `difference`: the largest for several batch sizes and, for this project's models, at `odd_sizes`.
 
-    any_size: whether what was exported takes such sizes.
+    any_size, any_batch: whether what was exported takes them.
     """
-    inputs = [random_images(loaded, 1), random_images(loaded, 3)]
+    inputs = [random_images(loaded, batch) for batch in ((1, 3) if any_batch else (1,))]
     if any_size and isinstance(loaded.model, Backbone) and loaded.model.auto_pad:
         inputs += [random_images(loaded, 1, sides) for sides in odd_sizes(loaded.options.input_size)]
     return max(difference(loaded, images, torch.from_numpy(run(images.numpy()))) for images in inputs)
@@ -129,7 +131,7 @@ def export_for_runtime(kind: str, loaded: Loaded, path: Path) -> float:
     form = runtime_formats.FORMATS[kind]
     need(f"--format {kind}", form.packages)
     form.write(loaded.model, loaded.options.input_size, path)
-    return largest_difference(loaded, form.load(path), form.any_size)
+    return largest_difference(loaded, form.load(path), form.any_size, form.any_batch)
 
 
 def export_safetensors(loaded: Loaded, path: Path) -> float:

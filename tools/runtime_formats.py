@@ -37,13 +37,15 @@ class Format:
     """A file for a runtime.
 
     write(model, size, path): for images of size x size pixels, or, if it is `any_size`, this project's models for any.
-    UsageError if that cannot be. load(path): what runs it. packages: what both take besides torch.
+    UsageError if that cannot be. load(path): what runs it. packages: what both take besides torch. any_batch: whether
+    images come in batches, or one by one.
     """
 
     write: Callable[[nn.Module, int, Path], None]
     load: Callable[[Path], Run]
     packages: tuple[str, ...] = ()
     any_size: bool = False
+    any_batch: bool = True
 
 
 @contextlib.contextmanager
@@ -54,12 +56,16 @@ def _plainly() -> Iterator[None]:
         yield
 
 
-def program(model: nn.Module, size: int) -> ExportedProgram:
-    """The model as torch.export has it, for any batch of images of size x size pixels. UsageError if it cannot be."""
+def program(model: nn.Module, size: int, any_batch: bool = True) -> ExportedProgram:
+    """The model as torch.export has it, for any batch of images of size x size pixels, or for one image.
+
+    UsageError if it cannot be.
+    """
     model = fuse(model) if isinstance(model, Backbone) else model
+    images = torch.zeros(2 if any_batch else 1, 3, size, size)
     try:
         with _plainly():
-            return torch.export.export(model, (torch.zeros(2, 3, size, size),), dynamic_shapes=({0: Dim("batch")},))
+            return torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},) if any_batch else None)
     except Exception as error:  # torch.export has no error of its own
         raise UsageError(f"torch.export cannot export the model: {str(error).strip().splitlines()[0]}") from error
 
@@ -78,6 +84,23 @@ def write_aoti(model: nn.Module, size: int, path: Path) -> None:
 def load_aoti(path: Path) -> Run:
     run = torch._inductor.aoti_load_package(str(path))
     return lambda images: run(torch.from_numpy(images)).numpy()
+
+
+# -- ExecuTorch: a program for phones and small devices, by XNNPACK
+
+
+def write_executorch(model: nn.Module, size: int, path: Path) -> None:
+    xnnpack = importlib.import_module("executorch.backends.xnnpack.partition.xnnpack_partitioner")
+    exir = importlib.import_module("executorch.exir")
+    exported = program(model, size, any_batch=False)
+    with _plainly():
+        lowered = exir.to_edge_transform_and_lower(exported, partitioner=[xnnpack.XnnpackPartitioner()])
+        path.write_bytes(lowered.to_executorch().buffer)
+
+
+def load_executorch(path: Path) -> Run:
+    method = importlib.import_module("executorch.runtime").Runtime.get().load_program(path).load_method("forward")
+    return lambda images: method.execute([torch.from_numpy(images)])[0].numpy()
 
 
 # -- TensorRT: an engine for this machine's GPU
@@ -127,5 +150,6 @@ def load_tensorrt(path: Path) -> Run:
 
 FORMATS = {
     "aoti": Format(write_aoti, load_aoti),
+    "executorch": Format(write_executorch, load_executorch, ("executorch",), any_batch=False),
     "tensorrt": Format(write_tensorrt, load_tensorrt, ("onnx", "onnxscript", "tensorrt"), any_size=True),
 }

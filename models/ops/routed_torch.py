@@ -282,8 +282,8 @@ def _backward_gathered(
     # Per query window: gathered keys and values with their gradients, and elsewhere than on CPUs four arrays like the
     # logits. Windows too large for the workspace are taken one at a time, with as many of their queries as fit.
     copies, logits = 4 * chunks.keys * c, 0 if on_cpu else 4 * chunks.keys * num_heads
-    tile = min(queries_per_window, max(1, (workspace // dtype.itemsize - copies) // max(logits, 1)))
-    tile = queries_per_window if on_cpu else tile
+    room = max(0, workspace // dtype.itemsize - copies)
+    tile = min(queries_per_window, max(1, room // logits)) if logits else queries_per_window
     for chunk in chunks.slices(copies + logits * queries_per_window, dtype.itemsize, workspace):
         keys, values = chunks.gather(chunks.k, chunk).to(dtype), chunks.gather(chunks.v, chunk).to(dtype)
         dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)

@@ -87,6 +87,14 @@ def test_aotinductor_gives_the_same_logits_for_any_batch(tmp_path):
 
 
 @torch.no_grad()
+@pytest.mark.slow
+def test_executorch_gives_the_same_logits(tmp_path):
+    pytest.importorskip("executorch", reason="ExecuTorch is an extra (pip install executorch)")
+    loaded = loaded_with_varied_weights("debiformer_nano", model_kwargs={"depths": (1, 1, 1, 1)})
+    assert export.export(loaded, "executorch", tmp_path / "model.pte") < 1e-4
+
+
+@torch.no_grad()
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="TensorRT builds for a GPU, and there is none")
 def test_tensorrt_gives_the_same_logits_for_any_batch_and_image_size(tmp_path):
