@@ -103,6 +103,29 @@ def load_executorch(path: Path) -> Run:
     return lambda images: method.execute([torch.from_numpy(images)])[0].numpy()
 
 
+# -- LiteRT, once TensorFlow Lite: a program for phones and microcontrollers
+
+
+def write_litert(model: nn.Module, size: int, path: Path) -> None:
+    litert = importlib.import_module("litert_torch")
+    model = fuse(model) if isinstance(model, Backbone) else model
+    with _plainly():
+        litert.convert(model, (torch.zeros(1, 3, size, size),)).export(str(path))
+
+
+def load_litert(path: Path) -> Run:
+    interpreter = importlib.import_module("ai_edge_litert.interpreter").Interpreter(str(path))
+    interpreter.allocate_tensors()
+    (given,), (found,) = interpreter.get_input_details(), interpreter.get_output_details()
+
+    def run(images: np.ndarray) -> np.ndarray:
+        interpreter.set_tensor(given["index"], images)
+        interpreter.invoke()
+        return interpreter.get_tensor(found["index"])
+
+    return run
+
+
 # -- TensorRT: an engine for this machine's GPU
 
 
@@ -151,5 +174,6 @@ def load_tensorrt(path: Path) -> Run:
 FORMATS = {
     "aoti": Format(write_aoti, load_aoti),
     "executorch": Format(write_executorch, load_executorch, ("executorch",), any_batch=False),
+    "litert": Format(write_litert, load_litert, ("litert_torch",), any_batch=False),
     "tensorrt": Format(write_tensorrt, load_tensorrt, ("onnx", "onnxscript", "tensorrt"), any_size=True),
 }

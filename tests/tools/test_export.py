@@ -88,10 +88,11 @@ def test_aotinductor_gives_the_same_logits_for_any_batch(tmp_path):
 
 @torch.no_grad()
 @pytest.mark.slow
-def test_executorch_gives_the_same_logits(tmp_path):
-    pytest.importorskip("executorch", reason="ExecuTorch is an extra (pip install executorch)")
+@pytest.mark.parametrize(("kind", "package"), [("executorch", "executorch"), ("litert", "litert_torch")])
+def test_runtimes_of_small_devices_give_the_same_logits(kind, package, tmp_path):
+    pytest.importorskip(package, reason=f"an extra (pip install {package})")
     loaded = loaded_with_varied_weights("debiformer_nano", model_kwargs={"depths": (1, 1, 1, 1)})
-    assert export.export(loaded, "executorch", tmp_path / "model.pte") < 1e-4
+    assert export.export(loaded, kind, tmp_path / "model") < 1e-4
 
 
 @torch.no_grad()
