@@ -56,13 +56,17 @@ def _plainly() -> Iterator[None]:
         yield
 
 
+def fused(model: nn.Module) -> nn.Module:
+    """The model with fewer operations, if it is this project's; others are left as they are."""
+    return fuse(model) if isinstance(model, Backbone) else model
+
+
 def program(model: nn.Module, size: int, any_batch: bool = True) -> ExportedProgram:
     """The model as torch.export has it, for any batch of images of size x size pixels, or for one image.
 
     UsageError if it cannot be.
     """
-    model = fuse(model) if isinstance(model, Backbone) else model
-    images = torch.zeros(2 if any_batch else 1, 3, size, size)
+    model, images = fused(model), torch.zeros(2 if any_batch else 1, 3, size, size)
     try:
         with _plainly():
             return torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},) if any_batch else None)
@@ -108,7 +112,7 @@ def load_executorch(path: Path) -> Run:
 
 def write_litert(model: nn.Module, size: int, path: Path) -> None:
     litert = importlib.import_module("litert_torch")
-    model = fuse(model) if isinstance(model, Backbone) else model
+    model = fused(model)
     with _plainly():
         litert.convert(model, (torch.zeros(1, 3, size, size),)).export(str(path))
 

@@ -12,6 +12,7 @@ windows.
 import torch
 from torch import Tensor
 
+from .routed_torch import window_of_tokens
 from .windows import known
 
 DENSE_TOKENS, DENSE_AGENTS = 4, 16
@@ -50,11 +51,7 @@ def to_map(x: Tensor, height: int, width: int) -> Tensor:
 
 def members(x: Tensor, n_win: tuple[int, int]) -> Tensor:
     """Which tokens of a map (B, H, W, C) are in which window: (H*W, P), one or zero."""
-    rows, columns = (
-        torch.arange(side, device=x.device) // (side // n) for side, n in zip(x.shape[1:3], n_win, strict=True)
-    )
-    window = (rows[:, None] * n_win[1] + columns).flatten()
-    return (window[:, None] == torch.arange(n_win[0] * n_win[1], device=x.device)).to(x.dtype)
+    return (window_of_tokens(x, n_win)[:, None] == torch.arange(n_win[0] * n_win[1], device=x.device)).to(x.dtype)
 
 
 def window_means(x: Tensor, n_win: tuple[int, int]) -> Tensor:

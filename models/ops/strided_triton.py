@@ -146,15 +146,10 @@ _run_backward_map = Kernel(_backward_map, [(32, 64, 4, 1), *_BLOCKS], _outputs_o
 _run_backward_weights = Kernel(_backward_weights, _BLOCKS, _places)
 
 
-def outputs(side: int, stride: int) -> int:
-    """How many outputs a side has."""
-    return cdiv(side, stride)
-
-
 def _sizes(x: Tensor, weight: Tensor, out: Tensor, stride: int) -> dict[str, int]:
     (_, height, width, channels), (own_channels, _, kernel, _) = x.shape, weight.shape
     return {
-        **{"height": height, "width": width, "reached_h": outputs(height, stride), "reached_w": outputs(width, stride)},
+        **{"height": height, "width": width, "reached_h": cdiv(height, stride), "reached_w": cdiv(width, stride)},
         **{"out_h": out.shape[1], "out_w": out.shape[2], "channels": channels, "own_channels": own_channels},
         **{"KERNEL": kernel, "STRIDE": stride},
     }
@@ -164,7 +159,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, stride: i
     """See `ops.depthwise`; a bias or residual of no numbers is none."""
     x, adds = as_tokens(x), residual.numel() > 0
     batch, height, width, channels = x.shape
-    sides = residual.shape[1:3] if adds else (outputs(height, stride), outputs(width, stride))
+    sides = residual.shape[1:3] if adds else (cdiv(height, stride), cdiv(width, stride))
     residual = as_tokens(residual) if adds else x
     out = x.new_empty((batch, *sides, channels))
     places = out.shape[1] * out.shape[2]
