@@ -4,43 +4,34 @@ Letters: B batch, H x W map, C channels.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from .backend import choose_backend
 from .operators import differentiable
-from .processor import mkl_is_fast
 from .windows import pad_to_sides
 
 _ONEDNN = torch.backends.mkldnn.is_available()
-if _ONEDNN:
-    register_flop_formula(torch.ops.mkldnn._linear_pointwise)(
-        lambda x, weight, *_, **__: 2 * x.numel() * weight[0],
-    )
 
 
 def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """A linear layer on the last axis: (..., C_in) -> (..., C_out). weight: (C_out, C_in) or (C_out, C_in, 1, 1).
 
-    In float32 on a CPU it is oneDNN's matrix product. A map (B, H, W, C_in) that is compiled, or computed under
-    autocast, goes through a 1x1 convolution, and so it does where it is exported: other runtimes then keep their own
-    layout from one convolution to the next.
+    In float32 on a CPU a map (B, H, W, C_in) goes through a 1x1 convolution: oneDNN's reaches twice the speed of a
+    matrix product on processors that MKL was not made for, and the same on the others. So it does where it is exported:
+    other runtimes then keep their own layout from one convolution to the next.
     """
-    device, exported = x.device.type, choose_backend(None, x) == "export"
-    on_cpu = _ONEDNN and device == "cpu" and x.dtype == torch.float32
-    if on_cpu and not (exported or torch.compiler.is_compiling() or torch.is_autocast_enabled(device)):
-        return _Linear.apply(x, weight.flatten(1), bias)
-    if x.ndim == 4 and (on_cpu or exported):
+    by_convolution = _ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32
+    if x.ndim == 4 and (by_convolution or choose_backend(None, x) == "export"):
         kernel = weight if weight.ndim == 4 else weight[..., None, None]
         return F.conv2d(x.permute(0, 3, 1, 2), kernel, bias).permute(0, 2, 3, 1)
     if not _is_in_half_precision(x):
         return F.linear(x, weight.flatten(1), bias)
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(x.device.type)
     with torch.no_grad():
         copies = [_copies.get(id(w), w) for w in (weight, bias)]
         copies = [None if w is None else w.to(dtype) for w in copies]
@@ -182,50 +173,6 @@ def add_norm(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps
         return _add_norm(x.to(dtype), branch.to(dtype), weight, bias, eps)
     x = x if branch is None else x + branch
     return x, F.layer_norm(x, weight.shape, weight, bias, eps)
-
-
-# -- linear layers on CPUs ------------------------------------------------------------------------------------------
-
-
-def _linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """By oneDNN, which was the fastest of what PyTorch has on every processor measured."""
-    return torch.ops.mkldnn._linear_pointwise(x.contiguous(), weight.contiguous(), bias, "none", [], "")
-
-
-def _linear_gradients(
-    grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool, needed: Sequence[bool]
-) -> list[Tensor | None]:
-    """By matrix products, or by the gradients of a 1x1 convolution, which are oneDNN's, where MKL is slow."""
-    rows, inputs = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    if mkl_is_fast():
-        dx = rows @ weight if needed[0] else None
-        dweight = rows.t() @ inputs if needed[1] else None
-    else:
-        pixels, maps = (t[None, None].permute(0, 3, 1, 2) for t in (rows, inputs))
-        kernel, ones, zeros = weight[..., None, None], [1, 1], [0, 0]
-        dx, dweight, _ = torch.ops.aten.convolution_backward(
-            *(pixels, maps, kernel, None, ones, zeros, ones, False, zeros, 1, [*needed[:2], False])
-        )
-        dx = None if dx is None else dx.permute(0, 2, 3, 1)
-    return [
-        None if dx is None else dx.reshape(x.shape),
-        None if dweight is None else dweight.reshape(weight.shape),
-        rows.sum(0) if has_bias and needed[2] else None,
-    ]
-
-
-class _Linear(torch.autograd.Function):
-    """A linear layer in float32 on a CPU."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias = bias is not None
-        return _linear_forward(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return tuple(_linear_gradients(grad, *ctx.saved_tensors, ctx.has_bias, ctx.needs_input_grad))
 
 
 # -- operators on GPUs; a bias that is missing is empty ------------------------------------------------------------

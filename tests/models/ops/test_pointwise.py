@@ -11,7 +11,6 @@ from attention_cases import DEVICES
 from benchmarks.trace import trace
 from models import ops
 from models.layers import MapLinear, PointwiseConv
-from models.ops import processor
 from models.ops.backend import use_backend
 from models.ops.maps import _copies
 
@@ -61,16 +60,12 @@ def test_copies_made_at_once_change_no_bit(dtype, device):
     assert all(torch.equal(a, b) for a, b in zip(alone, copied, strict=True))
 
 
-@pytest.mark.parametrize("mkl", ["0", "1"])
 @pytest.mark.parametrize("weights", [INPUTS[1:], INPUTS[1:2]], ids=["bias", "without-bias"])
-def test_in_float32_a_layer_is_pytorchs_whatever_the_processor(mkl, weights, monkeypatch):
-    monkeypatch.setenv(processor.ENVIRONMENT, mkl)
-    processor.mkl_is_fast.cache_clear()
+def test_in_float32_a_layer_is_pytorchs(weights):
     inputs = [x.float().requires_grad_() for x in (INPUTS[0], *weights)]
     results = []
     for out in (ops.pointwise(*inputs, *[None] * (3 - len(inputs))), F.linear(*inputs)):
         results.append([out, *torch.autograd.grad(out, inputs, OUTSIDE.to(out))])
-    processor.mkl_is_fast.cache_clear()
     for actual, expected in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected)
 
@@ -79,19 +74,6 @@ def test_frozen_weights_get_no_gradients():
     x, weight = INPUTS[0].float().requires_grad_(), INPUTS[1].float()
     ops.pointwise(x, weight, None).sum().backward()
     torch.testing.assert_close(x.grad, weight.sum(0).expand_as(x))
-
-
-@pytest.mark.parametrize(
-    ("description", "family"),
-    [
-        ("vendor_id\t: AuthenticAMD\ncpu family\t: 26\n", 26),
-        ("AMD64 Family 25 Model 33 Stepping 2, AuthenticAMD", 25),
-        ("vendor_id\t: GenuineIntel\ncpu family\t: 6\n", None),
-        ("", None),
-    ],
-)
-def test_amds_processors_are_known_by_their_families(description, family):
-    assert processor.amd_family(description) == family
 
 
 def test_kernel_of_a_convolution_is_a_weight():
