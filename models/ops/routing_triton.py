@@ -2,7 +2,8 @@
 
 Letters: B batch, H x W maps, P windows, w tokens per window, C channels, k routed windows.
 
-_means   One program: one window of one image's queries or keys, BLOCK_N channels. Means (B, P, C) in the map's type.
+_means   One program: BLOCK_M tokens at a time, of one window of the queries or keys or of several small ones of all
+         images, BLOCK_N channels. Means (B, P, C) in the map's type.
 _choose  One program: BLOCK_M query windows of one image against all key windows, whose largest logits are taken out one
          by one; of equal ones the first window's. NaN is the largest.
 """
@@ -20,39 +21,47 @@ from .tiles_triton import dot, rounded
 
 @triton.jit
 def _mean(
-    map_ptr, mean_ptr, image, window, map_image, map_token, window_h, window_w, columns, windows, channels,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, channel,
+    map_ptr, mean_ptr, group, channel, map_image, map_token, window_h, window_w, columns, windows, all_windows,
+    channels, TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    first = map_ptr + image * map_image
-    corner_y, corner_x, width = window // columns * window_h, window % columns * window_w, columns * window_w
-    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for start in range(0, window_h * window_w, BLOCK_M):
-        token = start + tl.arange(0, BLOCK_M)
-        at = (corner_y + token // window_w) * width + corner_x + token % window_w
-        exists = (token < window_h * window_w)[:, None] & (channel < channels)[None, :]
-        total += tl.load(first + at[:, None] * map_token + channel[None, :], mask=exists, other=0.0).to(tl.float32)
-    mean = rounded(tl.sum(total, 0) / (window_h * window_w), mean_ptr.dtype.element_ty)
-    tl.store(mean_ptr + (image * windows + window) * channels + channel, mean, mask=channel < channels)
+    AT_ONCE: tl.constexpr = TOKENS if TOKENS < BLOCK_M else BLOCK_M
+    WINDOWS: tl.constexpr = BLOCK_M // AT_ONCE
+    number = group * WINDOWS + tl.arange(0, WINDOWS)
+    image, window, width = (number // windows).to(tl.int64), number % windows, columns * window_w
+    corner = window // columns * window_h * width + window % columns * window_w
+    first = map_ptr + image * map_image + corner * map_token
+    total = tl.zeros([WINDOWS, AT_ONCE, BLOCK_N], tl.float32)
+    for start in range(0, window_h * window_w, AT_ONCE):
+        token = start + tl.arange(0, AT_ONCE)
+        at = (token // window_w * width + token % window_w) * map_token
+        exists = (number < all_windows)[:, None] & (token < window_h * window_w)[None, :]
+        exists = exists[:, :, None] & (channel < channels)[None, None, :]
+        pixels = first[:, None, None] + at[None, :, None] + channel[None, None, :]
+        total += tl.load(pixels, mask=exists, other=0.0).to(tl.float32)
+    mean = rounded(tl.sum(total, 1) / (window_h * window_w), mean_ptr.dtype.element_ty)
+    at = mean_ptr + number[:, None] * channels + channel[None, :]
+    tl.store(at, mean, mask=(number < all_windows)[:, None] & (channel < channels)[None, :])
 
 
 @triton.jit
 def _means(
     q_ptr, k_ptr, q_mean_ptr, k_mean_ptr, q_image, k_image, q_token, k_token, q_h, q_w, k_h, k_w,
-    columns, windows, channels, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    columns, windows, all_windows, channels,
+    Q_TOKENS: tl.constexpr, K_TOKENS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     parts = tl.cdiv(channels, BLOCK_N)
     channel = tl.program_id(0) % parts * BLOCK_N + tl.arange(0, BLOCK_N)
-    window = tl.program_id(0) // parts // 2 % windows
-    image = (tl.program_id(0) // parts // 2 // windows).to(tl.int64)
-    if tl.program_id(0) // parts % 2 == 0:
+    group = tl.program_id(0) // parts
+    groups = tl.cdiv(all_windows, tl.maximum(BLOCK_M // Q_TOKENS, 1))
+    if group < groups:
         _mean(
-            q_ptr, q_mean_ptr, image, window, q_image, q_token, q_h, q_w, columns, windows, channels, BLOCK_M, BLOCK_N,
-            channel,
+            q_ptr, q_mean_ptr, group, channel, q_image, q_token, q_h, q_w, columns, windows, all_windows, channels,
+            Q_TOKENS, BLOCK_M, BLOCK_N,
         )  # fmt: skip
     else:
         _mean(
-            k_ptr, k_mean_ptr, image, window, k_image, k_token, k_h, k_w, columns, windows, channels, BLOCK_M, BLOCK_N,
-            channel,
+            k_ptr, k_mean_ptr, group - groups, channel, k_image, k_token, k_h, k_w, columns, windows, all_windows,
+            channels, K_TOKENS, BLOCK_M, BLOCK_N,
         )  # fmt: skip
 
 
@@ -85,12 +94,23 @@ def _choose(
         left = tl.where(key[None, :] == window[:, None], -float("inf"), left)
 
 
-def _tokens(arguments: dict[str, Any], block: Block) -> float:
-    # Half of the programs read the one map, half the other.
-    return (cdiv(arguments["q_h"] * arguments["q_w"], block.m) + cdiv(arguments["k_h"] * arguments["k_w"], block.m)) / 2
+def _groups(arguments: dict[str, Any], block: Block) -> list[int]:
+    """Programs that read the one map, and the other, for each part of the channels."""
+    return [cdiv(arguments["all_windows"], max(1, block.m // arguments[name])) for name in ("Q_TOKENS", "K_TOKENS")]
 
 
-_run_means = Kernel(_means, [(16, 64, 2, 1), (4, 64, 1, 1), (1, 64, 1, 1), (1, 16, 1, 1)], _tokens)
+def _trips(arguments: dict[str, Any], block: Block) -> float:
+    trips = [cdiv(arguments["q_h"] * arguments["q_w"], block.m), cdiv(arguments["k_h"] * arguments["k_w"], block.m)]
+    groups = _groups(arguments, block)
+    return sum(n * count for n, count in zip(groups, trips, strict=True)) / sum(groups)
+
+
+_run_means = Kernel(
+    _means,
+    [(8, 128, 1, 1), (16, 64, 1, 1), (8, 64, 1, 1), (4, 16, 1, 1)],
+    _trips,
+    lambda block, size, _arguments: block.n <= size[1],
+)
 _run_choose = Kernel(
     _choose,
     [(16, 64, 4, 1), (16, 32, 4, 1), (16, 16, 4, 1)],
@@ -104,14 +124,19 @@ def choose(q: Tensor, k: Tensor, n_win: tuple[int, int], topk: int, scale: float
     (rows, columns), (batch, _, _, channels), windows = n_win, q.shape, n_win[0] * n_win[1]
     q, k = as_tokens(q), as_tokens(k)
     means = q.new_empty((2, batch, windows, channels))
-    windows_of = {"q_h": q.shape[1] // rows, "q_w": q.shape[2] // columns}
-    windows_of |= {"k_h": k.shape[1] // rows, "k_w": k.shape[2] // columns}
-    tokens = max(windows_of["q_h"] * windows_of["q_w"], windows_of["k_h"] * windows_of["k_w"])
+    sides = {"q_h": q.shape[1] // rows, "q_w": q.shape[2] // columns}
+    sides |= {"k_h": k.shape[1] // rows, "k_w": k.shape[2] // columns}
+    tokens = [1 << (sides[f"{name}_h"] * sides[f"{name}_w"] - 1).bit_length() for name in "qk"]
+    arguments = {
+        **{"q_ptr": q, "k_ptr": k, "q_mean_ptr": means[0], "k_mean_ptr": means[1], **strides(q=q, k=k), **sides},
+        **{"columns": columns, "windows": windows, "all_windows": batch * windows, "channels": channels},
+        **{"Q_TOKENS": tokens[0], "K_TOKENS": tokens[1]},
+    }
     _run_means(
-        lambda block: batch * windows * 2 * cdiv(channels, block.n), (tokens, padded(channels)),
-        q_ptr=q, k_ptr=k, q_mean_ptr=means[0], k_mean_ptr=means[1], **strides(q=q, k=k), **windows_of,
-        columns=columns, windows=windows, channels=channels,
-    )  # fmt: skip
+        lambda block: sum(_groups(arguments, block)) * cdiv(channels, block.n),
+        (padded(max(tokens)), padded(channels)),
+        **arguments,
+    )
     logits = q.new_empty((batch, windows, topk))
     idx = q.new_empty((batch, windows, topk), dtype=torch.int64)
     _run_choose(
