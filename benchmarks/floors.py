@@ -120,7 +120,7 @@ def measure(
                 shapes = [list(x.shape) for x in launch.arguments.values() if isinstance(x, Tensor)]
                 rows.append(
                     {
-                        "operator": call.name.partition("::")[2].partition(".")[0],
+                        "operator": call.operator,
                         "kernel": launch.kernel.name,
                         "class": launch.kernel.size_class(launch.size, launch.arguments),
                         "shape": shapes[0],

@@ -18,6 +18,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from models.ops.launch_triton import INTERPRETED
+from models.ops.operators import operators
 from runtime.errors import UsageError
 
 from .trace import Call, is_spec, trace
@@ -82,8 +83,7 @@ def _seconds(call: Call, with_grad: bool) -> float:
         x = torch.empty_strided(*spec[:2], dtype=spec[2]).zero_()
         return x.requires_grad_(with_grad and spec[2].is_floating_point)
 
-    namespace, _, name = call.name.partition("::")
-    operator = getattr(getattr(torch.ops, namespace), name.partition(".")[0]).default
+    operator = operators[call.operator]
     arguments = tree_map(tensor, list(call.arguments), is_leaf=is_spec)
     found = []
     with torch.set_grad_enabled(with_grad):
@@ -106,7 +106,7 @@ def python_seconds(model: str, task: str, size: int, dtype: torch.dtype) -> dict
     found: dict[str, dict[str, float]] = {}
     with launches_do_nothing():
         for call, times in by_call.values():
-            name = call.name.partition("::")[2].partition(".")[0]
+            name = call.operator
             with_grad = task == "training" and not name.endswith("_backward")
             row = found.setdefault(name, {"times": 0, "seconds": 0.0})
             row["times"] += times

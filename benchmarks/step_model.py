@@ -36,7 +36,7 @@ class Rates(Protocol):
 
 def seconds_of(call: Call, gpu: Rates) -> float:
     """Modelled seconds of one of PyTorch's operators."""
-    kind = call.name.partition("::")[2].partition(".")[0]
+    kind = call.operator
     moved = _moving(call.bytes, gpu)
     if kind in ("mm", "addmm", "bmm"):
         seconds = max(moved, 2 * prod(call.outputs[0][0]) * call.inputs[-2][0][-1] / (PRODUCTS * gpu.matrix))

@@ -20,8 +20,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 import models  # noqa: F401
-from models.ops import backend, maps, operators
-from models.ops.operators import NAMESPACE
+from models.ops import backend, maps
+from models.ops.operators import NAMESPACE, operators
 
 Spec = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 """Shape, strides and type of a tensor."""
@@ -43,6 +43,11 @@ class Call:
     @property
     def ours(self) -> bool:
         return self.name.startswith(f"{NAMESPACE}::")
+
+    @property
+    def operator(self) -> str:
+        """The name without namespace and overload."""
+        return self.name.partition("::")[2].partition(".")[0]
 
     @property
     def bytes(self) -> int:
@@ -158,7 +163,7 @@ def run_body(call: Call) -> None:
     """Run the body of one of our operators on meta tensors: it asks for what it would ask for, and computes nothing."""
     leaves, structure = tree_flatten(call.arguments, is_leaf=is_spec)
     leaves = [torch.empty_strided(*x[:2], dtype=x[2], device="meta") if is_spec(x) else x for x in leaves]
-    operators.body(call.name.partition("::")[2].partition(".")[0])(*tree_unflatten(leaves, structure))
+    operators[call.operator].body(*tree_unflatten(leaves, structure))
 
 
 def _on(device: str, model: nn.Module) -> nn.Module:

@@ -2,7 +2,8 @@
 
 An operator takes tensors, then options, and returns one or more tensors; `NAME_backward` takes the gradients of the
 first outputs (None for one that has none, where `Tensor | None` is annotated, else zeros), the tensors, all outputs and
-the options. Bodies run on real tensors only, on the tensors' own device.
+the options. Bodies run on real tensors only, on the tensors' own device: at once where nothing asks for operators, for
+PyTorch's way to them takes Python longer than most kernels take the GPU.
 """
 
 import contextlib
@@ -10,16 +11,42 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
 NAMESPACE = "debiformer"
-_bodies: dict[str, Callable[..., Any]] = {}
 
 
-def body(name: str) -> Callable[..., Any]:
-    """What an operator runs."""
-    return _bodies[name]
+class Operator:
+    """A function that is `registered` as an operator, and runs without PyTorch's dispatcher where that is all the same.
+
+    body: the function itself. directly: does what the operator does to plain tensors.
+    """
+
+    def __init__(
+        self, registered: torch.library.CustomOpDef, body: Callable[..., Any], directly: Callable[..., Any]
+    ) -> None:
+        self.registered, self.body, self.directly = registered, body, directly
+
+    def __call__(self, *arguments: Any) -> Any:
+        if torch.compiler.is_compiling() or _is_watched(arguments):
+            return self.registered(*arguments)
+        return self.directly(*arguments)
+
+
+operators: dict[str, Operator] = {}
+"""By name."""
+
+
+def _is_watched(arguments: Sequence[Any]) -> bool:
+    """Whether somebody records, traces or transforms operators, or tensors do."""
+    return (
+        torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or torch.jit.is_tracing()
+        or any(isinstance(x, Tensor) and (type(x) not in (Tensor, nn.Parameter) or x.is_meta) for x in arguments)
+    )
 
 
 def operator(
@@ -27,20 +54,20 @@ def operator(
     function: Callable[..., Any],
     outputs_like: Callable[..., Any],
     flops: Callable[..., int] | None = None,
-) -> torch.library.CustomOpDef:
+) -> Operator:
     """Register a function without gradients.
 
     Args:
         outputs_like: the function's arguments -> empty tensors like its outputs.
         flops: floating-point operations, by the arguments with shapes in place of tensors.
     """
-    schema = torch.library.infer_schema(function, mutates_args=())
-    registered = torch.library.custom_op(f"{NAMESPACE}::{name}", _on_device(function), mutates_args=(), schema=schema)
+    schema, runs = torch.library.infer_schema(function, mutates_args=()), _on_device(function)
+    registered = torch.library.custom_op(f"{NAMESPACE}::{name}", runs, mutates_args=(), schema=schema)
     registered.register_fake(outputs_like)
-    _bodies[name] = function
     if flops:
         register_flop_formula(getattr(getattr(torch.ops, NAMESPACE), name))(flops)
-    return registered
+    operators[name] = Operator(registered, function, runs)
+    return operators[name]
 
 
 def differentiable(
@@ -52,7 +79,7 @@ def differentiable(
     differentiated: int = 1,
     packed: int = 0,
     flops: tuple[Callable[..., int], Callable[..., int]] | None = None,
-) -> torch.library.CustomOpDef:
+) -> Operator:
     """Register `forward` and `backward` as operators.
 
     Args:
@@ -71,16 +98,18 @@ def differentiable(
         vector = [inputs[together[0]].new_empty(sum(inputs[i].numel() for i in together))] if packed else []
         return (*(inputs[i].new_empty(inputs[i].shape) for i in alone), *vector)
 
-    registered = operator(name, forward, outputs_like, flops and flops[0])
+    forward_operator = operator(name, forward, outputs_like, flops and flops[0])
     backward_operator = operator(f"{name}_backward", backward, gradients_like, flops and flops[1])
-    schema = backward_operator._opoverload._schema
+    schema = backward_operator.registered._opoverload._schema
     optional = [n for n, x in enumerate(schema.arguments) if isinstance(x.type, torch.OptionalType)]
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         tensors = [x for x in inputs if isinstance(x, Tensor)]
         ctx.options = inputs[len(tensors) :]
         ctx.inputs = len(inputs)
-        ctx.save_for_backward(*tensors, *(output if isinstance(output, tuple) else (output,)))
+        outputs = output if isinstance(output, tuple) else (output,)
+        ctx.save_for_backward(*tensors, *outputs)
+        ctx.mark_non_differentiable(*outputs[differentiated:])
         ctx.set_materialize_grads(False)  # else there would be a tensor of zeros for every output without a gradient
 
     def spread(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -97,8 +126,21 @@ def differentiable(
         of_inputs = (grads[0] if number < 0 else found[number] for number in gradients)
         return (*of_inputs, *(None,) * (ctx.inputs - len(gradients)))
 
-    registered.register_autograd(spread, setup_context=save)
-    return registered
+    forward_operator.registered.register_autograd(spread, setup_context=save)
+
+    def run_and_save(ctx: Any, *arguments: Any) -> Any:
+        output = forward_operator.directly(*arguments)
+        save(ctx, arguments, output)
+        return output
+
+    steps = {"forward": run_and_save, "backward": once_differentiable(spread)}
+    function = type(name, (torch.autograd.Function,), {step: staticmethod(f) for step, f in steps.items()})
+
+    def directly(*arguments: Any) -> Any:
+        return (function.apply if torch.is_grad_enabled() else forward_operator.directly)(*arguments)
+
+    operators[name] = Operator(forward_operator.registered, forward, directly)
+    return operators[name]
 
 
 def _on_device(function: Callable[..., Any]) -> Callable[..., Any]:

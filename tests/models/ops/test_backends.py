@@ -160,7 +160,7 @@ def test_operators_keep_what_torch_asks_of_them(case, backend, device):
     tensors = [x.float().requires_grad_() for x in tensors]
     windows = case.windows if isinstance(case, Routed) else ()
     operator = (routed if isinstance(case, Routed) else deformable)._attend
-    opcheck(operator, (*tensors, *fixed, *windows, case.heads, 0.25, backend, 2**20))
+    opcheck(operator.registered, (*tensors, *fixed, *windows, case.heads, 0.25, backend, 2**20))
 
 
 @on_devices

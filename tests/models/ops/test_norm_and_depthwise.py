@@ -144,4 +144,4 @@ def test_depthwise_is_the_convolution_with_what_is_asked_for():
 def test_operators_keep_what_torch_asks_of_them(operator, name, options, device):
     inputs = [x.float().to(device).requires_grad_() for x in FUNCTIONS[name][1]]
     options = [x.to(device) if isinstance(x, torch.Tensor) else x for x in options]
-    opcheck(operator, (*inputs, *options))
+    opcheck(operator.registered, (*inputs, *options))
