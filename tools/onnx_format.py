@@ -82,13 +82,14 @@ def exporting() -> Iterator[None]:
 def save(program: "onnx_ir.Model", sides: tuple[str | int, str | int], path: Path) -> None:
     """Write a program of one input and one output: `images` (batch, channels, *sides) -> `logits` (batch, ...)."""
     import onnx_ir
-    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass, RemoveUnusedNodesPass
 
     images, logits = program.graph.inputs[0], program.graph.outputs[0]
     images.name, logits.name = "images", "logits"
     images.shape = onnx_ir.Shape(["batch", images.shape[1], *sides])
     logits.shape = onnx_ir.Shape(["batch", *logits.shape[1:]])
     ClearMetadataAndDocStringPass()(program)  # where each node was in whose source files
+    RemoveUnusedNodesPass()(program)  # and constants, which ONNX Runtime would warn of
     onnx_ir.save(program, path)
 
 
@@ -117,12 +118,13 @@ def chained(programs: Iterable["onnx_ir.Model"]) -> "onnx_ir.Model":
 
 def _rename(graph: "onnx_ir.Graph", prefix: str) -> None:
     """Give everything names of its own; forget shapes, whose symbols mean something else in other programs."""
-    values = [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]
-    for value in values:
+    nodes = list(graph.all_nodes())  # those of branches, too
+    for value in [*graph.inputs, *graph.initializers.values(), *(value for node in graph for value in node.outputs)]:
         value.name = f"{prefix}.{value.name}"
-        if value.producer() is not None and value is not graph.outputs[0]:
+    for value in (value for node in nodes for value in node.outputs):
+        if value is not graph.outputs[0]:
             value.shape = None
-    for node in graph:
+    for node in nodes:
         node.name = f"{prefix}.{node.name}"
 
 

@@ -5,6 +5,9 @@ the table is zero, all rises together are, so that no case is left, and a table 
 rises along its rows, one along its columns. At a cell autograd takes another derivative than the reference's: this
 backend is for inference.
 
+Where one token step is one table cell, all tokens of an agent read a block of the table at the same fraction of a cell:
+a blend of four blocks, which are copied row by row. A program that does not know its map's sides holds both ways.
+
 Letters: B batch, H x W token map, N agents, C channels, m heads, D = C/m, g offset groups, Qh x Qw the table's map.
 """
 
@@ -13,6 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .routed_export import channels_by_head, to_map
+from .windows import known
+
+BLOCK_SIDES = range(16, 129)
+"""Widths of maps whose biases are read in blocks: the rows of smaller ones are too short to be copied one by one, and
+the shifted tables, of which there is one per column, would be too large. Measured in ONNX Runtime on two CPU cores."""
 
 
 def sample(x: Tensor, positions: Tensor) -> Tensor:
@@ -40,29 +48,60 @@ def _blend(a: Tensor, b: Tensor, fraction: Tensor) -> Tensor:
     return a + (b - a) * fraction
 
 
-def reads(agents: Tensor, tokens: int, cells: int) -> Tensor:
-    """Where in a table, in cells, each token reads along one axis: (..., N) -> (..., N, tokens).
+def counts(agents: Tensor, tokens: int, cells: int) -> Tensor:
+    """How much of each rise every token has behind it along one axis: (..., N) -> (..., N, tokens, 2 * cells).
 
     agents: coordinates in [-1, 1]; tokens, cells: the map's side, and that of the map which the table is made for.
     """
-    token = torch.arange(tokens, device=agents.device, dtype=agents.dtype) / torch.sym_max(tokens - 1, 1) * 2 - 1
-    return ((token - agents[..., None]) / 2 + 1) * (cells - 1)
+    token, cell = (torch.arange(n, device=agents.device, dtype=agents.dtype) for n in (tokens, 2 * cells))
+    # Where in the table, in cells, a token reads for an agent in the middle. What an agent adds is one number for all
+    # its tokens, so that runtimes add along one long axis.
+    middle = (token / torch.sym_max(tokens - 1, 1) + 0.5) * (cells - 1)
+    behind = (middle[:, None] + 1 - cell).flatten() - (agents * ((cells - 1) / 2))[..., None]
+    return behind.clamp(0, 1).unflatten(-1, (tokens, 2 * cells))
 
 
 def bias(table: Tensor, positions: Tensor, height: int, width: int) -> Tensor:
     """Biases, tokens last: (m, 2Qh-1, 2Qw-1) and positions (B, N, g, 2) -> (B, m, N, height * width)."""
+    table = table.to(positions.dtype)
+    cells_y, cells_x = ((side + 1) // 2 for side in table.shape[1:])
+    on_cells = torch.sym_sum(((height - cells_y) ** 2, (width - cells_x) ** 2)) == 0
+    if cells_x not in BLOCK_SIDES or known(torch.sym_not(on_cells)):
+        return _by_products(table, positions, height, width)
+    if known(on_cells):
+        return _in_blocks(table, positions, height, width)
+    ways = (lambda t, p, way=way: way(t, p, height, width) for way in (_in_blocks, _by_products))
+    return torch.cond(on_cells, *ways, (table, positions))
+
+
+def _by_products(table: Tensor, positions: Tensor, height: int, width: int) -> Tensor:
     b, n, g, _ = positions.shape
     m, (cells_y, cells_x) = table.shape[0], ((side + 1) // 2 for side in table.shape[1:])
-    rises = F.pad(table.to(positions.dtype), (1, 1, 1, 1)).diff(dim=1).diff(dim=2)  # (m, 2Qh, 2Qw)
-
-    def cells_before(cells: int) -> Tensor:
-        return torch.arange(2 * cells, device=table.device, dtype=positions.dtype) - 1
-
+    rises = F.pad(table, (1, 1, 1, 1)).diff(dim=1).diff(dim=2)  # (m, 2Qh, 2Qw)
     y, x = positions.movedim(-1, 0).transpose(-1, -2)  # (B, g, N) each
-    rows = (reads(y, height, cells_y)[..., None] - cells_before(cells_y)).clamp(0, 1)  # (B, g, N, H, 2Qh)
-    columns = (reads(x, width, cells_x)[..., None, :] - cells_before(cells_x)[:, None]).clamp(0, 1)  # (B, g, N, 2Qw, W)
-    blended = rows.reshape(b, g, 1, n * height, 2 * cells_y) @ rises.unflatten(0, (g, -1))
-    return (blended.reshape(b, g, m // g, n, height, -1) @ columns[:, :, None]).reshape(b, m, n, height * width)
+    rows = counts(y, height, cells_y).reshape(b, g, 1, n * height, 2 * cells_y)
+    blended = (rows @ rises.unflatten(0, (g, -1))).reshape(b, g, m // g, n, height, -1)
+    return (blended @ counts(x, width, cells_x)[:, :, None].mT).reshape(b, m, n, height * width)
+
+
+def _in_blocks(table: Tensor, positions: Tensor, height: int, width: int) -> Tensor:
+    """Right where height = Qh and width = Qw; its shape is right everywhere, as branches of a program must agree."""
+    b, n, g, _ = positions.shape
+    m, (cells_y, cells_x) = table.shape[0], ((side + 1) // 2 for side in table.shape[1:])
+    # One table per column that blocks begin at, so that a row of a block is a row: (m, Qw+1, 2Qh, Qw), a constant.
+    shifted = F.pad(table, (0, 1, 0, 1)).unfold(2, cells_x, 1).transpose(1, 2)
+    positions = positions.transpose(1, 2)  # (B, g, N, 2)
+    y, x = (1 - positions[..., 0]) * ((cells_y - 1) / 2), (1 - positions[..., 1]) * ((cells_x - 1) / 2)
+    top, left = y.floor(), x.floor()
+    down, right = y - top, x - left
+    corner = left.long() * (2 * cells_y) + top.long()
+    corners = torch.stack([corner, corner + 1, corner + 2 * cells_y, corner + 2 * cells_y + 1], dim=-1)
+    head = torch.arange(m, device=table.device).view(g, -1, 1, 1, 1) * (shifted.shape[1] * 2 * cells_y)
+    rows = (corners[:, :, None, ..., None] + head + torch.arange(height, device=table.device)).flatten()
+    blocks = shifted.reshape(-1, cells_x).index_select(0, rows).reshape(b, g, m // g, n, 4, height * cells_x)
+    shares = torch.stack([(1 - right) * (1 - down), (1 - right) * down, right * (1 - down), right * down], dim=-1)
+    found = (shares[:, :, None, :, None] @ blocks).reshape(b, m, n, height, cells_x)
+    return F.pad(found, (0, width - cells_x)).flatten(-2)
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, table: Tensor, positions: Tensor, num_heads: int, scale: float) -> Tensor:
