@@ -1,15 +1,18 @@
 """How long exported models take for a batch, beside a model of timm in the same runtime.
 
 python -m benchmarks.runtimes                    debiformer_tiny and swin_tiny in ONNX Runtime and PyTorch
-python -m benchmarks.runtimes --runtimes onnxruntime openvino aoti pytorch --write      also writes benchmarks/results/
+python -m benchmarks.runtimes --runtimes onnxruntime onnxruntime-int8 openvino aoti pytorch --batch_sizes 8 --write
 
-Every model is written as `tools.export` writes it, with random weights; all models and runtimes take turns.
+--write writes benchmarks/results/. Every model is written as `tools.export` writes it, with random weights, which takes
+minutes; --folder keeps the files. All models and runtimes take turns.
 """
 
 import argparse
+import contextlib
 import statistics
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -29,66 +32,99 @@ MODELS = ("debiformer_tiny", "swin_tiny_patch4_window7_224")
 Run = Callable[[Tensor], object]
 
 
-def in_onnxruntime(model: nn.Module, onnx: Path, threads: int) -> Run:
+@dataclass(frozen=True)
+class Runtime:
+    """How a model is written for a runtime, and run by it.
+
+    load(model, path, threads): what runs the file or, where there is none, the model. write(model, size, path): writes
+    it. ending: of the file's name; runtimes that share it share the file. package: what it takes besides torch.
+    """
+
+    load: Callable[[nn.Module, Path, int], Run]
+    write: Callable[[nn.Module, int, Path], None] | None = None
+    ending: str = ""
+    package: str = ""
+
+
+def write_int8(model: nn.Module, size: int, path: Path) -> None:
+    """What `tools.export --int8` writes, calibrated on noise, from the file in float32 beside it."""
+    from tools import int8
+
+    source = path.with_name(path.name.replace(".int8", ""))
+    if not source.exists():
+        onnx_format.write(model, size, source)
+    int8.quantize(source, path, torch.randn(int8.BATCH, 3, size, size))
+
+
+def in_onnxruntime(model: nn.Module, path: Path, threads: int) -> Run:
     """The file in ONNX Runtime, on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
-    session = onnxruntime.InferenceSession(onnx, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda images: session.run(None, {"images": images.numpy()})
 
 
-def in_openvino(model: nn.Module, onnx: Path, threads: int) -> Run:
+def in_openvino(model: nn.Module, path: Path, threads: int) -> Run:
     """The file in OpenVINO, on the CPU, computed in float32."""
     import openvino
 
     settings = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": threads}
-    compiled = openvino.Core().compile_model(onnx, "CPU", settings)
+    compiled = openvino.Core().compile_model(path, "CPU", settings)
     return lambda images: compiled(images.numpy())
 
 
-def in_aoti(model: nn.Module, onnx: Path, threads: int) -> Run:
-    """The model compiled by AOTInductor."""
-    form, path = FORMATS["aoti"], onnx.with_suffix(".pt2")
-    form.write(model, model.default_cfg["input_size"][-1], path)
-    run = form.load(path)
+def in_aoti(model: nn.Module, path: Path, threads: int) -> Run:
+    """The package of AOTInductor."""
+    run = FORMATS["aoti"].load(path)
     return lambda images: run(images.numpy())
 
 
-def in_pytorch(model: nn.Module, onnx: Path, threads: int) -> Run:
+def in_pytorch(model: nn.Module, path: Path, threads: int) -> Run:
     """The model itself, in channels-last memory."""
     model = model.to(memory_format=torch.channels_last)
     return lambda images: model(images.contiguous(memory_format=torch.channels_last))
 
 
-RUNTIMES: dict[str, Callable[[nn.Module, Path, int], Run]] = {
-    "onnxruntime": in_onnxruntime,
-    "openvino": in_openvino,
-    "aoti": in_aoti,
-    "pytorch": in_pytorch,
+RUNTIMES = {
+    "onnxruntime": Runtime(in_onnxruntime, onnx_format.write, ".onnx", "onnxruntime"),
+    "onnxruntime-int8": Runtime(in_onnxruntime, write_int8, ".int8.onnx", "onnxruntime"),
+    "openvino": Runtime(in_openvino, onnx_format.write, ".onnx", "openvino"),
+    "aoti": Runtime(in_aoti, FORMATS["aoti"].write, ".pt2"),
+    "pytorch": Runtime(in_pytorch),
 }
-OF_PYTORCH = {"aoti", "pytorch"}
-"""Those that take neither a package nor an ONNX file."""
+
+
+def prepare(name: str, runtimes: Sequence[str], folder: Path, threads: int) -> tuple[tuple[int, ...], dict[str, Run]]:
+    """The shape of a model's image, and what runs it in each runtime; a file that is in the folder is taken."""
+    model = timm.create_model(name).eval()
+    shape, runs = model.default_cfg["input_size"], {}
+    for key in runtimes:
+        runtime = RUNTIMES[key]
+        path = folder / f"{name}{runtime.ending}"
+        if runtime.write and not path.exists():
+            try:
+                runtime.write(model, shape[-1], path)
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
+        runs[key] = runtime.load(model, path, threads)
+    return shape, runs
 
 
 @torch.no_grad()
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Seconds of every repeat per model, runtime and batch size, as JSON takes it."""
     torch.set_num_threads(args.threads)
-    runs: dict[tuple[str, str], Run] = {}
-    inputs: dict[str, tuple[int, ...]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for name in args.models:
-            model = timm.create_model(name).eval()
-            inputs[name] = model.default_cfg["input_size"]
-            file = Path(folder, f"{name}.onnx")
-            if not set(args.runtimes) <= OF_PYTORCH:
-                onnx_format.write(model, inputs[name][-1], file)
-            runs.update({(name, runtime): RUNTIMES[runtime](model, file, args.threads) for runtime in args.runtimes})
+    with contextlib.ExitStack() as stack:
+        folder = args.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        prepared = {name: prepare(name, args.runtimes, folder, args.threads) for name in args.models}
+        runs = {(name, runtime): run for name, (_, each) in prepared.items() for runtime, run in each.items()}
         rows = []
         for batch in args.batch_sizes:
-            images = {name: torch.randn(batch, *size) for name, size in inputs.items()}
+            images = {name: torch.randn(batch, *shape) for name, (shape, _) in prepared.items()}
             tasks = {key: lambda run=run, x=images[key[0]]: run(x) for key, run in runs.items()}
             with torch.inference_mode():
                 times = interleaved_seconds(tasks, args.repeats, torch.device("cpu"))
@@ -121,12 +157,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch_sizes", nargs="+", type=int, default=(1, 8))
     parser.add_argument("--repeats", type=int, default=11, help="rounds of timing")
     parser.add_argument("--threads", type=int, default=2, help="of the CPU")
+    parser.add_argument("--folder", type=Path, help="keep exported models here, and take those that are here already")
     parser.add_argument("--write", action="store_true", help="write the results")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for --write")
     args = parser.parse_args(argv)
     for runtime in args.runtimes:
-        if runtime not in OF_PYTORCH and find_spec(runtime) is None:
-            raise UsageError(f"--runtimes {runtime} is not installed: pip install {runtime}")
+        package = RUNTIMES[runtime].package
+        if package and find_spec(package) is None:
+            raise UsageError(f"--runtimes {runtime} is not installed: pip install {package}")
     for name in args.models:
         if not timm.is_model(name):
             raise UsageError(f"--models {name}: timm knows no such model")
