@@ -79,9 +79,9 @@ class BiLevelRoutingAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1], x.shape[2]
-        q, k, v = self.qkv(ops.pad_to_multiple(x, self.router.n_win))
+        q, k, v, v_lepe = self.qkv(ops.pad_to_multiple(x, self.router.n_win), uses=(1, 1, 2))
         out = attend_routed_windows(self.router, q, k, v, self.num_heads)
-        out = self.wo(self.lepe(v, residual=out))
+        out = self.wo(self.lepe(v_lepe, residual=out))
         return out[:, :height, :width]
 
     def attention_maps(self, x: Tensor) -> RoutedMaps:

@@ -103,16 +103,16 @@ class DeformableAgentAttention(nn.Module):
         """
         n_win = self.router.n_win
         x = ops.pad_to_multiple(x, n_win)
-        q, k, v = self.qkv_conv(x)
+        q, q_offsets, k, v, v_lepe = self.qkv_conv(x, uses=(2, 1, 2))
 
-        positions = self.conv_offset_q(q)
+        positions = self.conv_offset_q(q_offsets)
         agents = ops.sample_agents(x, positions)
         # Agents added by padding are zeros at the map's centre and stay in the attention: released dense models
         # were trained with them.
         positions, agents = (ops.pad_to_multiple(t, n_win) for t in (positions, agents))
 
         agent_q = self.proj_q(agents)
-        read = self.lepe1(v, residual=attend_routed_windows(self.router, agent_q, k, v, self.num_heads))
+        read = self.lepe1(v_lepe, residual=attend_routed_windows(self.router, agent_q, k, v, self.num_heads))
         agents, normed = self.norm2(agents, self.unifyheads1(read))
         _, agents = self.norm(agents, self.mlp(normed))
         return q, k, positions, agent_q, agents

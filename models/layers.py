@@ -1,7 +1,7 @@
 """Small modules shared by all families. Letters: B batch, H x W map, C channels."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from timm.layers import trunc_normal_
@@ -121,7 +121,7 @@ def _fold_into_next(norm: nn.BatchNorm2d, conv: nn.Conv2d) -> nn.Conv2d:
 
 
 class QKV(nn.Module):
-    """The projection to queries, keys and values: (..., C) -> three of (..., C).
+    """The projection to queries, keys and values: (..., C) -> three of (..., C), each as often as it is used.
 
     projection: a linear layer of maps, C -> 3C. It lives one level down, at the key `qkv`, as published.
     """
@@ -130,8 +130,8 @@ class QKV(nn.Module):
         super().__init__()
         self.qkv = projection
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.qkv(x).chunk(3, dim=-1)
+    def forward(self, x: Tensor, uses: Sequence[int] = (1, 1, 1)) -> tuple[Tensor, ...]:
+        return ops.split(self.qkv(x), uses)
 
     @torch.no_grad()
     def apart(self) -> nn.Module:
@@ -146,10 +146,10 @@ class QKV(nn.Module):
 
 
 class _Together(nn.ModuleList):
-    """Layers that take the same input: a tensor -> one for each."""
+    """Layers that take the same input: a tensor -> the output of each, as often as it is used."""
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return tuple(layer(x) for layer in self)
+    def forward(self, x: Tensor, uses: Sequence[int] = (1, 1, 1)) -> tuple[Tensor, ...]:
+        return tuple(out for layer, count in zip(self, uses, strict=True) for out in [layer(x)] * count)
 
 
 class ConvMlp(nn.Module):

@@ -13,7 +13,7 @@ from .deformable import (
     relative_position_bias,
     sample_agents,
 )
-from .maps import add_norm, copied_for_autocast, depthwise, pointwise
+from .maps import add_norm, copied_for_autocast, depthwise, pointwise, split
 from .routed import full_attention, route_maps, route_windows, routed_attention
 from .windows import from_windows, pad_to_multiple, pool_windows, split_side, to_windows, window_means
 
@@ -34,6 +34,7 @@ __all__ = [
     "route_windows",
     "routed_attention",
     "sample_agents",
+    "split",
     "split_side",
     "to_windows",
     "window_means",

@@ -4,7 +4,7 @@ Letters: B batch, H x W map, C channels.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .backend import choose_backend
-from .operators import differentiable
+from .operators import differentiable, operator
 from .windows import pad_to_sides
 
 _ONEDNN = torch.backends.mkldnn.is_available()
@@ -36,6 +36,38 @@ def pointwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         copies = [_copies.get(id(w), w) for w in (weight, bias)]
         copies = [None if w is None else w.to(dtype) for w in copies]
     return _Pointwise.apply(x.to(dtype), weight, bias, *copies)
+
+
+def split(x: Tensor, uses: Sequence[int]) -> tuple[Tensor, ...]:
+    """Channels in equal parts, each as often as it is used: the gradients of one part are added as all are joined.
+
+    x: (..., n * C). uses: of each of the n parts, 1 or 2. Returns sum(uses) tensors (..., C).
+    """
+    if x.requires_grad and len(uses) == 3 and not torch.compiler.is_compiling() and choose_backend(None, x) == "triton":
+        return _Split.apply(x, uses)
+    return _parts(x, uses)
+
+
+def _parts(x: Tensor, uses: Sequence[int]) -> tuple[Tensor, ...]:
+    parts = x.tensor_split(len(uses), -1)
+    return tuple(part for part, count in zip(parts, uses, strict=True) for _ in range(count))
+
+
+class _Split(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, uses: Sequence[int]) -> tuple[Tensor, ...]:
+        ctx.uses = uses
+        return tuple(part.detach() for part in _parts(x, uses))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        once, again = [], []
+        left = iter(grads)
+        for count in ctx.uses:
+            once.append(next(left).contiguous())
+            again.append(next(left).contiguous() if count == 2 else once[-1].new_empty(0))
+        return _join(*once, *again), None
 
 
 _copies: dict[int, Tensor] = {}
@@ -175,7 +207,16 @@ def add_norm(x: Tensor, branch: Tensor | None, weight: Tensor, bias: Tensor, eps
     return x, F.layer_norm(x, weight.shape, weight, bias, eps)
 
 
-# -- operators on GPUs; a bias that is missing is empty ------------------------------------------------------------
+# -- operators on GPUs; a bias or gradient that is missing is empty ----------------------------------------------------
+
+
+def _join_gradients(q: Tensor, k: Tensor, v: Tensor, q_more: Tensor, k_more: Tensor, v_more: Tensor) -> Tensor:
+    from . import join_triton
+
+    return join_triton.join((q, k, v), (q_more, k_more, v_more))
+
+
+_join = operator("join", _join_gradients, lambda q, *_: q.new_empty((*q.shape[:-1], 3 * q.shape[-1])))
 
 
 def _in_bands(x: Tensor, weight: Tensor, stride: int, residual: Tensor | None = None) -> bool:

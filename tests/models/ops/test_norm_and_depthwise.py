@@ -1,4 +1,4 @@
-"""Sums with norms, depthwise convolutions with more, agents: positions and samples; every backend against float64."""
+"""Sums with norms, depthwise convolutions with more, parts, agents: every backend against float64."""
 
 import pytest
 import torch
@@ -64,6 +64,8 @@ FUNCTIONS = {
         lambda x, w, b, p: ops.positions_of_features(x, w, b, 1e-5, p),
         [normal(1, 7, 1, 3, 64), normal(64), normal(64, seed=1), normal(64, seed=2)],
     ),
+    "split": (lambda x: ops.split(x, (2, 1, 2)), [normal(2, 5, 3, 3 * 20)]),
+    "split-values": (lambda x: ops.split(x, (1, 1, 2)), [normal(1, 7, 9, 3 * 64)]),
     "sample": (ops.sample_agents, [normal(2, 9, 7, 32), positions(2, 3, 2, 2)]),
     "sample-many": (ops.sample_agents, [normal(1, 1, 8, 70), positions(1, 1, 70, 1)]),
 }
@@ -145,3 +147,18 @@ def test_operators_keep_what_torch_asks_of_them(operator, name, options, device)
     inputs = [x.float().to(device).requires_grad_() for x in FUNCTIONS[name][1]]
     options = [x.to(device) if isinstance(x, torch.Tensor) else x for x in options]
     opcheck(operator.registered, (*inputs, *options))
+
+
+def test_joined_gradients_keep_what_torch_asks_of_operators():
+    grads = [normal(2, 5, 3, 20, seed=number).float() for number in range(4)]
+    opcheck(maps._join.registered, (*grads[:3], grads[3], torch.empty(0), torch.empty(0)))
+
+
+def test_parts_come_as_often_as_they_are_used():
+    x = normal(2, 3, 4, 6).float().requires_grad_()
+    for backend in ("triton", "torch"):
+        with use_backend(backend):
+            a, a_again, b, c = ops.split(x, (2, 1, 1))
+        assert torch.equal(a, x[..., :2])
+        assert torch.equal(a_again, a)
+        assert torch.equal(torch.cat([a, b, c], -1), x)
