@@ -142,13 +142,27 @@ def save_checkpoint(checkpoint: dict[str, Any], path: Path, previous: Path | Non
             file.flush()
             os.fsync(file.fileno())
         if previous is not None and path.exists():
-            os.replace(path, previous)
+            name_also(path, previous, os.replace)
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise UsageError(f"cannot write {path}: {error}; {_what_is_left(path.parent)}") from error
+
+
+def name_also(path: Path, target: Path, without_links: Callable[[Path, Path], object]) -> None:
+    """Give a file a second name, which another file may have had; there is no moment without either.
+
+    without_links: is called with both instead where the file system has no hard links.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}{TEMPORARY}")
+    try:
+        os.link(path, temporary)
+    except OSError:
+        without_links(path, target)
+    else:
+        os.replace(temporary, target)
 
 
 _being_written: set[int] = set()

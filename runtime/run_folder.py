@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from runtime.checkpoint import BEST, KEPT, LAST, PREVIOUS, TEMPORARY, kept_in, load_latest, save_checkpoint
+from runtime.checkpoint import BEST, KEPT, LAST, PREVIOUS, TEMPORARY, kept_in, load_latest, name_also, save_checkpoint
 from runtime.errors import UsageError
 from runtime.lock import lock, unlock
 
@@ -83,15 +83,16 @@ class RunFolder:
 
     def _keep(self, epochs: int) -> None:
         target = self.path / KEPT.format(epochs)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}{TEMPORARY}")
         try:
-            try:
-                os.link(self.path / LAST, temporary)
-            except OSError:  # a file system without hard links
-                shutil.copyfile(self.path / LAST, temporary)
-            os.replace(temporary, target)
+            name_also(self.path / LAST, target, _copy)
         except OSError as error:
             raise UsageError(f"cannot write {target}: {error.strerror}; free space or lower --keep") from error
         if self.keep:
             for old in kept_in(self.path)[self.keep :]:
                 old.unlink(missing_ok=True)
+
+
+def _copy(path: Path, target: Path) -> None:
+    temporary = target.with_name(f".{target.name}.{os.getpid()}{TEMPORARY}")
+    shutil.copyfile(path, temporary)
+    os.replace(temporary, target)

@@ -116,6 +116,11 @@ def test_run_folder_removes_what_a_killed_writer_left(tmp_path):
     folder.close()
 
 
+def refused(*_):
+    """What a file system without hard links says."""
+    raise PermissionError
+
+
 def places(folder):
     return [tuple(load_checkpoint(folder / name).values())[:2] for name in (LAST, PREVIOUS) if (folder / name).exists()]
 
@@ -134,6 +139,27 @@ def test_save_keeps_the_end_of_the_epoch_before_as_previous(tmp_path):
         assert places(tmp_path) == [(2, position), (2, 0)]
     folder.save(state(3, evaluated=False))
     assert places(tmp_path) == [(3, 0), (2, 0)]
+
+
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no-links"])
+def test_newest_state_is_under_its_name_at_every_moment(tmp_path, links, monkeypatch):
+    """On a file system without hard links there is a moment without; the one before is there then."""
+    replace, missing = os.replace, []
+
+    def observed(source, target):
+        replace(source, target)
+        missing.append(not (tmp_path / LAST).exists())
+        assert load_latest(tmp_path) is not None
+
+    monkeypatch.setattr(os, "replace", observed)
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    folder = RunFolder(tmp_path)
+    for epoch in (1, 2, 3):
+        folder.save(state(epoch))
+    assert any(missing) is not links
+    assert places(tmp_path) == [(3, 0), (2, 0)]
+    assert not list(tmp_path.glob(".*.tmp"))
 
 
 def test_save_never_replaces_the_state_that_a_damaged_one_fell_back_to(tmp_path):
@@ -155,8 +181,11 @@ def test_save_keeps_what_another_run_left_as_previous(tmp_path):
     assert places(tmp_path) == [(0, 8), (7, 0)]
 
 
+@pytest.mark.parametrize("links", [True, False], ids=["links", "no-links"])
 @pytest.mark.parametrize(("keep", "expected"), [(0, [2, 4, 6, 8]), (2, [6, 8]), (1, [8])])
-def test_save_every_keeps_the_newest_states(tmp_path, keep, expected):
+def test_save_every_keeps_the_newest_states(tmp_path, keep, expected, links, monkeypatch):
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
     folder = RunFolder(tmp_path, save_every=2, keep=keep)
     for epoch in range(1, 10):
         folder.save(state(epoch, evaluated=False))
