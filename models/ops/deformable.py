@@ -61,21 +61,19 @@ def _sample_rows(x: Tensor, positions: Tensor) -> Tensor:
     groups = positions.shape[3]
     cells = (positions + 1) * (positions.new_tensor([h - 1, w - 1]) / 2)
     corner = cells.detach().floor()
-    fraction_y, fraction_x = (cells - corner).flatten(0, 3).unbind(-1)  # (B*Ha*Wa*g) each
-    first_row, first_column = corner.long().unbind(-1)
+    fractions = (cells - corner).flatten(0, 3)  # (B*Ha*Wa*g, 2)
+    # What follows holds for the four tokens around each position: those of two rows by two columns.
+    shares = torch.stack([1 - fractions, fractions])
+    shares = shares[:, None, :, 0] * shares[:, :, 1]
+    (row, column), offsets = corner.long().unbind(-1), torch.arange(2, device=x.device)[:, None, None, None, None]
+    row, column = (row + offsets)[:, None], column + offsets
+    inside = (row < h) & (column < w)  # the others count as zeros
     batch = torch.arange(b, device=x.device)[:, None, None, None]
     group = torch.arange(groups, device=x.device)
-    rows = x.reshape(-1, c // groups)
-
-    def read(dy: int, dx: int) -> Tensor:
-        """The tokens that lie so many cells behind the corners, times their shares; zero outside the map."""
-        row, column = first_row + dy, first_column + dx
-        inside = ((row < h) & (column < w)).flatten()
-        index = ((batch * h + row.clamp(0, h - 1)) * w + column.clamp(0, w - 1)) * groups + group
-        share = (fraction_y if dy else 1 - fraction_y) * (fraction_x if dx else 1 - fraction_x) * inside
-        return rows.index_select(0, index.flatten()).to(share.dtype) * share[:, None]
-
-    sampled = read(0, 0) + read(0, 1) + read(1, 0) + read(1, 1)
+    index = ((batch * h + row.clamp(0, h - 1)) * w + column.clamp(0, w - 1)) * groups + group
+    read = x.reshape(-1, c // groups).index_select(0, index.flatten()).unflatten(0, (4, -1))
+    shares = (shares * inside.flatten(2)).flatten(0, 1)
+    sampled = (read.to(shares.dtype) * shares[..., None]).sum(0)
     return sampled.view(*positions.shape[:3], c).to(x.dtype)
 
 

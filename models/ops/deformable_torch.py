@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_CACHE = 16 * 2**20
+"""Bytes that CPUs work on at a time at most, however large the workspace: about what their last cache keeps."""
+
 
 class _Problem:
     """The inputs by heads, and the biases of any part of them; half precision is computed in float32."""
@@ -41,7 +44,8 @@ class _Problem:
         return x.unflatten(0, (-1, self.num_heads))[images].flatten(0, 1)
 
     def chunks(self, copies: int, workspace: int) -> Iterator[tuple[slice, slice]]:
-        """Images and token rows of which `copies` arrays like the logits fit the workspace."""
+        """Images and token rows of which `copies` arrays like the logits fit the workspace, and on CPUs the cache."""
+        workspace = min(workspace, _CACHE) if self.q.device.type == "cpu" else workspace
         row = copies * self.num_heads * self.k.shape[1] * self.width * self.dtype.itemsize
         images = max(1, workspace // (row * self.height))
         rows = self.height if images > 1 else min(self.height, max(1, workspace // row))
