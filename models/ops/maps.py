@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import depthwise_torch
 from .backend import choose_backend
 from .operators import differentiable, operator
 from .windows import pad_to_sides
@@ -161,7 +162,7 @@ def depthwise(
     Returns:
         (B, ceil(H / stride), ceil(W / stride), C), or like the residual.
     """
-    channels, size, groups, itself = x.shape[-1], weight.shape[-1], x.shape[-1] // weight.shape[0], residual is x
+    size, groups, itself = weight.shape[-1], x.shape[-1] // weight.shape[0], residual is x
     if choose_backend(None, x) == "triton" and (_in_bands(x, weight, stride) or not (itself or gelu)):
         none = weight.new_empty(0)
         bias = none if bias is None else bias
@@ -174,17 +175,12 @@ def depthwise(
         weight, residual = weight + F.pad(weight.new_ones(1, 1), [size // 2] * 4), None
     if groups > 1:
         weight, bias = weight.repeat(groups, 1, 1, 1), None if bias is None else bias.repeat(groups)
-    out = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, stride, size // 2, groups=channels)
+    act_at_once = gelu and residual is None
+    out = depthwise_torch.convolve(x.permute(0, 3, 1, 2), weight, bias, stride, act_at_once).permute(0, 2, 3, 1)
     if residual is None:
-        return (_gelu(out) if gelu else out).permute(0, 2, 3, 1)
-    out = residual + pad_to_sides(out.permute(0, 2, 3, 1), residual.shape[1:3])
-    return _gelu(out) if gelu else out
-
-
-def _gelu(x: Tensor) -> Tensor:
-    """GELU, in place where nothing else needs x."""
-    in_place = not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-    return torch.ops.aten.gelu_(x) if in_place else F.gelu(x)
+        return out
+    out = residual + pad_to_sides(out, residual.shape[1:3])
+    return depthwise_torch.activate(out) if gelu else out
 
 
 def _merges(x: Tensor) -> bool:
