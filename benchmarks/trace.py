@@ -117,12 +117,19 @@ def _as_on_a_gpu(device: str) -> Iterator[None]:
         training = q.requires_grad
         return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, training, dropout)[0]
 
+    def cudnn_layout(x: Tensor, *_: Any) -> torch.memory_format:
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        return torch.channels_last if last else torch.contiguous_format
+
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", attention))
         stack.enter_context(mock.patch.object(backend, "triton_obstacle", return_value=None))
         stack.enter_context(mock.patch.object(maps, "_ONEDNN", False))
         stack.enter_context(mock.patch.object(maps, "_writes_float32", return_value=True))
         stack.enter_context(backend.use_backend("triton"))
+        if device == "cuda":  # where cuDNN keeps the layout; without a GPU PyTorch does not think of it
+            cudnn = mock.patch.object(torch._C, "_conv_determine_backend_memory_format", cudnn_layout)
+            stack.enter_context(cudnn)
         if device == "cpu":
             stack.enter_context(mock.patch.object(F, "layer_norm", in_float32))
         yield
