@@ -286,18 +286,17 @@ def _backward_gathered(
     tile = min(queries_per_window, max(1, room // logits)) if logits else queries_per_window
     for chunk in chunks.slices(copies + logits * queries_per_window, dtype.itemsize, workspace):
         keys, values = chunks.gather(chunks.k, chunk).to(dtype), chunks.gather(chunks.v, chunk).to(dtype)
-        dkeys, dvalues = torch.zeros_like(keys), torch.zeros_like(values)
+        others: list[Tensor] = []
         for start in range(0, queries_per_window, tile):
             part = chunk, slice(start, start + tile)
             queries, dout, read = (chunks.heads(x[part]).to(dtype) for x in (chunks.q, grad_rows, out_rows))
             sums = chunks.sums(lse)[chunk] if on_cpu else lse
-            dqueries, *others = _gradients(dout, queries, keys, values, None, read, sums, scale)
+            dqueries, *more = _gradients(dout, queries, keys, values, None, read, sums, scale)
             dq[part] = dqueries.transpose(1, 2).flatten(2).to(q.dtype)
-            dkeys += others[0]
-            dvalues += others[1]
+            others = [a.add_(b) for a, b in zip(others, more, strict=True)] if start else more
         into = chunks.rows[chunk].flatten()
-        add_rows_(dk, into, rows(dkeys))
-        add_rows_(dv, into, rows(dvalues))
+        for target, gathered in zip((dk, dv), others, strict=True):
+            add_rows_(target, into, rows(gathered))
 
     def as_map(x: Tensor, like: Tensor) -> Tensor:
         return from_windows(x.to(like.dtype).view(*idx.shape[:2], -1, c), n_win, *like.shape[1:3])
