@@ -81,8 +81,7 @@ class BiLevelRoutingAttention(nn.Module):
         height, width = x.shape[1], x.shape[2]
         q, k, v, v_lepe = self.qkv(ops.pad_to_multiple(x, self.router.n_win), uses=(1, 1, 2))
         out = attend_routed_windows(self.router, q, k, v, self.num_heads)
-        out = self.wo(self.lepe(v_lepe, residual=out))
-        return out[:, :height, :width]
+        return self.wo(self.lepe(v_lepe, residual=out)[:, :height, :width])
 
     def attention_maps(self, x: Tensor) -> RoutedMaps:
         """The exact maps of one image (1, H, W, C)."""

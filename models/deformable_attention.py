@@ -95,7 +95,7 @@ class DeformableAgentAttention(nn.Module):
         q, _, positions, _, agents = self._read(x)
         keys, values = self.proj_k(agents), self.proj_v(agents)
         out = ops.deformable_attention(q, keys, values, self.rpe_table, positions, self.num_heads, self.scale)
-        return self.proj_out(out)[:, :height, :width]
+        return self.proj_out(out[:, :height, :width])
 
     def _read(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """(B, H, W, C) -> q, k (padded maps), and of the padded grid of agents: positions (B, Ha, Wa, g, 2), queries
