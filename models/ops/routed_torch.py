@@ -197,15 +197,20 @@ def _forward_dense(
     scale: float,
     workspace: int,
 ) -> tuple[Tensor, Tensor]:
-    dense, lse = _Dense(q, k, v, idx, n_win, num_heads), lse_like(q, num_heads)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    dense, lse, parts = _Dense(q, k, v, idx, n_win, num_heads), lse_like(q, num_heads), []
     for images in dense.chunks(1, q.element_size(), workspace):
         bias = dense.bias(images, q.dtype)
         part, sums = _attend(dense.q[images], dense.k[images], dense.v[images], bias, scale)
-        dense.heads(out)[images] = part
+        parts.append(part)
         if sums is not None:
             lse[images] = sums
-    return out, lse
+    return _as_map(parts, q), lse
+
+
+def _as_map(parts: list[Tensor], like: Tensor) -> Tensor:
+    """Images by heads (I, m, H*W, C/m) -> all of them as a contiguous map; one part as PyTorch's kernel makes it is."""
+    x = parts[0] if len(parts) == 1 else torch.cat(parts)
+    return x.transpose(1, 2).reshape(like.shape)
 
 
 def _backward_dense(
@@ -222,16 +227,16 @@ def _backward_dense(
     workspace: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype = torch.promote_types(q.dtype, torch.float32)
-    dense, grads = _Dense(q, k, v, idx, n_win, num_heads), tuple(x.new_empty(x.shape) for x in (q, k, v))
+    dense, parts = _Dense(q, k, v, idx, n_win, num_heads), ([], [], [])
     sources = dense.heads(grad), dense.q, dense.k, dense.v
     # On CPUs no logits are kept, but there is the bias.
     for images in dense.chunks(1 if q.device.type == "cpu" else 3 * num_heads + 1, dtype.itemsize, workspace):
         inputs = (x[images].to(dtype) for x in sources)
         read = dense.heads(out)[images].to(dtype)
-        parts = _gradients(*inputs, dense.bias(images, dtype), read, lse[images], scale)
-        for target, part in zip(grads, parts, strict=True):
-            dense.heads(target)[images] = part.to(target.dtype)
-    return grads
+        gradients = _gradients(*inputs, dense.bias(images, dtype), read, lse[images], scale)
+        for of_all, part in zip(parts, gradients, strict=True):
+            of_all.append(part.to(q.dtype))
+    return _as_map(parts[0], q), _as_map(parts[1], k), _as_map(parts[2], v)
 
 
 def _forward_gathered(
