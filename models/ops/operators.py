@@ -127,9 +127,18 @@ def differentiable(
         return (*of_inputs, *(None,) * (ctx.inputs - len(gradients)))
 
     forward_operator.registered.register_autograd(spread, setup_context=save)
+    directly = _recorded(name, forward_operator, save, spread)
+    operators[name] = Operator(forward_operator.registered, forward, directly)
+    return operators[name]
+
+
+def _recorded(
+    name: str, operator: Operator, save: Callable[..., None], spread: Callable[..., Any]
+) -> Callable[..., Any]:
+    """What runs an operator at once, with gradients where they are wanted: `save` keeps what `spread` makes them of."""
 
     def run_and_save(ctx: Any, *arguments: Any) -> Any:
-        output = forward_operator.directly(*arguments)
+        output = operator.directly(*arguments)
         save(ctx, arguments, output)
         return output
 
@@ -137,10 +146,9 @@ def differentiable(
     function = type(name, (torch.autograd.Function,), {step: staticmethod(f) for step, f in steps.items()})
 
     def directly(*arguments: Any) -> Any:
-        return (function.apply if torch.is_grad_enabled() else forward_operator.directly)(*arguments)
+        return (function.apply if torch.is_grad_enabled() else operator.directly)(*arguments)
 
-    operators[name] = Operator(forward_operator.registered, forward, directly)
-    return operators[name]
+    return directly
 
 
 def _on_device(function: Callable[..., Any]) -> Callable[..., Any]:
