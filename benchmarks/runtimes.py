@@ -4,7 +4,8 @@ python -m benchmarks.runtimes                    debiformer_tiny and swin_tiny i
 python -m benchmarks.runtimes --runtimes onnxruntime onnxruntime-int8 openvino aoti pytorch --batch_sizes 8 --write
 
 --write writes benchmarks/results/. Every model is written as `tools.export` writes it, with random weights, which takes
-minutes; --folder keeps the files. All models and runtimes take turns.
+minutes; --folder keeps the files. Models take turns, one runtime after the other: threads that wait for more work in a
+loop would hold the cores of the runtime whose turn is next.
 """
 
 import argparse
@@ -62,6 +63,8 @@ def in_onnxruntime(model: nn.Module, path: Path, threads: int) -> Run:
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # As far as a session lets one ask for it: the other model's turn is next.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return lambda images: session.run(None, {"images": images.numpy()})
 
@@ -125,11 +128,12 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
         rows = []
         for batch in args.batch_sizes:
             images = {name: torch.randn(batch, *shape) for name, (shape, _) in prepared.items()}
-            tasks = {key: lambda run=run, x=images[key[0]]: run(x) for key, run in runs.items()}
-            with torch.inference_mode():
-                times = interleaved_seconds(tasks, args.repeats, torch.device("cpu"))
-            for (name, runtime), seconds in times.items():
-                rows.append({"model": name, "runtime": runtime, "batch": batch, "seconds": seconds})
+            for runtime in args.runtimes:
+                tasks = {name: lambda run=runs[name, runtime], x=x: run(x) for name, x in images.items()}
+                with torch.inference_mode():
+                    times = interleaved_seconds(tasks, args.repeats, torch.device("cpu"))
+                for name, seconds in times.items():
+                    rows.append({"model": name, "runtime": runtime, "batch": batch, "seconds": seconds})
     return {"machine": describe_machine(torch.device("cpu")), "rows": rows}
 
 
