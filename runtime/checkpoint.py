@@ -130,12 +130,17 @@ def weights_only(content: dict[str, Any], name: str) -> dict[str, Any]:
 TEMPORARY = ".tmp"
 
 
+def temporary_beside(path: Path) -> Path:
+    """Say where this process writes a file before it gets its name."""
+    return path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+
+
 def save_checkpoint(checkpoint: dict[str, Any], path: Path, previous: Path | None = None) -> None:
     """Write atomically: readers see the old file or the new one, never a torn one. UsageError if that fails.
 
     previous: where the file that stood at `path` goes; None: it is replaced.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY}")
+    temporary = temporary_beside(path)
     try:
         with open(temporary, "wb") as file, _not_in_children(file.fileno()):
             torch.save(checkpoint, file)
@@ -156,7 +161,7 @@ def name_also(path: Path, target: Path, without_links: Callable[[Path, Path], ob
 
     without_links: is called with both instead where the file system has no hard links.
     """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}{TEMPORARY}")
+    temporary = temporary_beside(target)
     try:
         os.link(path, temporary)
     except OSError:

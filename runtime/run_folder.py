@@ -7,7 +7,18 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from runtime.checkpoint import BEST, KEPT, LAST, PREVIOUS, TEMPORARY, kept_in, load_latest, name_also, save_checkpoint
+from runtime.checkpoint import (
+    BEST,
+    KEPT,
+    LAST,
+    PREVIOUS,
+    TEMPORARY,
+    kept_in,
+    load_latest,
+    name_also,
+    save_checkpoint,
+    temporary_beside,
+)
 from runtime.errors import UsageError
 from runtime.lock import lock, unlock
 
@@ -93,6 +104,6 @@ class RunFolder:
 
 
 def _copy(path: Path, target: Path) -> None:
-    temporary = target.with_name(f".{target.name}.{os.getpid()}{TEMPORARY}")
+    temporary = temporary_beside(target)
     shutil.copyfile(path, temporary)
     os.replace(temporary, target)
