@@ -4,8 +4,8 @@ python -m benchmarks.runtimes                    debiformer_tiny and swin_tiny i
 python -m benchmarks.runtimes --runtimes onnxruntime onnxruntime-int8 openvino aoti pytorch --batch_sizes 8 --write
 
 --write writes benchmarks/results/. Every model is written as `tools.export` writes it, with random weights, which takes
-minutes; --folder keeps the files. Models take turns, one runtime after the other: threads that wait for more work in a
-loop would hold the cores of the runtime whose turn is next.
+minutes; --folder keeps the files. LiteRT takes the images of a batch one by one. Models take turns, one runtime after
+the other: threads that wait for more work in a loop would hold the cores of the runtime whose turn is next.
 """
 
 import argparse
@@ -78,10 +78,17 @@ def in_openvino(model: nn.Module, path: Path, threads: int) -> Run:
     return lambda images: compiled(images.numpy())
 
 
-def in_aoti(model: nn.Module, path: Path, threads: int) -> Run:
-    """The package of AOTInductor."""
-    run = FORMATS["aoti"].load(path)
-    return lambda images: run(images.numpy())
+def by_format(kind: str, ending: str) -> Runtime:
+    """What `tools.export --format` writes, as it is read back there."""
+    form = FORMATS[kind]
+
+    def load(model: nn.Module, path: Path, threads: int) -> Run:
+        run = form.load(path)
+        if form.any_batch:
+            return lambda images: run(images.numpy())
+        return lambda images: [run(image) for image in images.numpy()[:, None]]
+
+    return Runtime(load, form.write, ending, *form.packages)
 
 
 def in_pytorch(model: nn.Module, path: Path, threads: int) -> Run:
@@ -94,7 +101,9 @@ RUNTIMES = {
     "onnxruntime": Runtime(in_onnxruntime, onnx_format.write, ".onnx", "onnxruntime"),
     "onnxruntime-int8": Runtime(in_onnxruntime, write_int8, ".int8.onnx", "onnxruntime"),
     "openvino": Runtime(in_openvino, onnx_format.write, ".onnx", "openvino"),
-    "aoti": Runtime(in_aoti, FORMATS["aoti"].write, ".pt2"),
+    "aoti": by_format("aoti", ".pt2"),
+    "executorch": by_format("executorch", ".pte"),
+    "litert": by_format("litert", ".tflite"),
     "pytorch": Runtime(in_pytorch),
 }
 

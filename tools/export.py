@@ -4,11 +4,11 @@ python -m tools.export --model debiformer_tiny --checkpoint tiny.pth --format on
 
 onnx: one file, for any batch size and, of this project's models, any image size; needs onnx, onnxscript and
 onnxruntime; with --int8, in 8-bit integers. openvino: a folder with the same for OpenVINO; needs onnx, onnxscript and
-openvino. aoti: a package that PyTorch runs without the model's code, for any batch size; needs g++. executorch, litert:
-programs for phones and small devices, of one image at a time; need executorch or litert_torch. tensorrt: an engine for
-this machine's GPU; needs onnx, onnxscript and tensorrt. safetensors: the weights, as timm's `checkpoint_path` takes
-them. hf: a folder for the Hugging Face Hub, or for timm.create_model("local-dir:FOLDER"). docs/EXPORT.md says how each
-is used.
+openvino. aoti: a package that PyTorch runs without the model's code, for any batch size; aoti_dynamic: one for any
+image size, too; both need g++. executorch, litert: programs for phones and small devices, of up to eight images or of
+one; need executorch or litert_torch. tensorrt: an engine for this machine's GPU; needs onnx, onnxscript and tensorrt.
+safetensors: the weights, as timm's `checkpoint_path` takes them. hf: a folder for the Hugging Face Hub, or for
+timm.create_model("local-dir:FOLDER"). docs/EXPORT.md says how each is used.
 """
 
 import importlib

@@ -64,7 +64,8 @@ def write(model: nn.Module, size: int, path: Path) -> None:
     """
     with exporting():
         if isinstance(model, Backbone):
-            program = chained(_programs(for_export(model)))
+            modules = with_examples(for_export(model))
+            program = chained(exported(module, example, varied=(0, 2, 3)) for module, example in modules)
         else:
             program = exported(model, torch.zeros(2, 3, size, size), varied=(0,))
     save(program, ("height", "width") if isinstance(model, Backbone) else (size, size), path)
@@ -128,11 +129,12 @@ def _rename(graph: "onnx_ir.Graph", prefix: str) -> None:
         node.name = f"{prefix}.{node.name}"
 
 
-def _programs(model: Backbone) -> Iterator["onnx_ir.Model"]:
+def with_examples(model: Backbone) -> Iterator[tuple[nn.Module, Tensor]]:
+    """The modules `in_sequence`, each with an input to trace it with."""
     x = torch.zeros(2, model.in_chans, 64, 64)
     for module in in_sequence(model):
         height, width = (windows * model.n_win + 1 for windows in WINDOWS_TRACED)
-        yield exported(module, x.new_zeros(*x.shape[:2], height, width), varied=(0, 2, 3))
+        yield module, x.new_zeros(*x.shape[:2], height, width)
         x = module(x)
 
 

@@ -5,19 +5,24 @@ Programs hold plain operators alone (the backend "export"), so that what runs th
 
 import contextlib
 import importlib
+import multiprocessing
 import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.export.pt2_archive._package import load_pt2, package_pt2
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from tqdm import tqdm
 
 from models.backbone import Backbone
 from models.fusion import fuse
@@ -28,8 +33,8 @@ from . import onnx_format
 
 Run = Callable[[np.ndarray], np.ndarray]
 """Images (batch, 3, height, width) float32 -> logits (batch, classes)."""
-LARGEST_BATCH = 16
-"""That an engine of TensorRT takes."""
+LARGEST_BATCH = {"executorch": 8, "tensorrt": 16}
+"""How many images a program takes at once, where it has to say so."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +66,14 @@ def fused(model: nn.Module) -> nn.Module:
     return fuse(model) if isinstance(model, Backbone) else model
 
 
-def program(model: nn.Module, size: int, any_batch: bool = True) -> ExportedProgram:
-    """The model as torch.export has it, for any batch of images of size x size pixels, or for one image.
+def program(model: nn.Module, example: Tensor, varied: dict[int, Any]) -> ExportedProgram:
+    """The model as torch.export has it, for inputs as long as `example` along all axes but those `varied`.
 
     UsageError if it cannot be.
     """
-    model, images = fused(model), torch.zeros(2 if any_batch else 1, 3, size, size)
     try:
         with _plainly():
-            return torch.export.export(model, (images,), dynamic_shapes=({0: Dim("batch")},) if any_batch else None)
+            return torch.export.export(model, (example,), dynamic_shapes=(varied,))
     except Exception as error:  # torch.export has no error of its own
         raise UsageError(f"torch.export cannot export the model: {str(error).strip().splitlines()[0]}") from error
 
@@ -78,16 +82,68 @@ def program(model: nn.Module, size: int, any_batch: bool = True) -> ExportedProg
 
 
 def write_aoti(model: nn.Module, size: int, path: Path) -> None:
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
-        raise UsageError(f"--format aoti compiles with {compiler}, which is missing: apt-get install g++")
+    _need_compiler("aoti")
+    exported = program(fused(model), torch.zeros(2, 3, size, size), {0: Dim("batch")})
     with _plainly(), path.open("wb+") as file:
-        torch._inductor.aoti_compile_and_package(program(model, size), package_path=file)
+        torch._inductor.aoti_compile_and_package(exported, package_path=file, inductor_configs={"freezing": True})
 
 
 def load_aoti(path: Path) -> Run:
     run = torch._inductor.aoti_load_package(str(path))
     return lambda images: run(torch.from_numpy(images)).numpy()
+
+
+def write_aoti_dynamic(model: nn.Module, size: int, path: Path) -> None:
+    """Write the modules that the model runs one after the other as programs "0", "1", ... of one package.
+
+    The sides of a map are then simple terms of those of one module's input; Inductor would take hours over terms that
+    go through all stages. It takes minutes over one module still, so that all cores compile.
+    """
+    _need_compiler("aoti_dynamic")
+    if not isinstance(model, Backbone):
+        raise UsageError("--format aoti_dynamic is for this project's models; others take one size: --format aoti")
+    package(list(onnx_format.with_examples(fuse(model))), path)
+
+
+def package(modules: Sequence[tuple[nn.Module, Tensor]], path: Path) -> None:
+    """Write modules, each with an input to trace it with, as programs that take any batch, height and width."""
+    files = {}
+    cores = min(len(os.sched_getaffinity(0)), len(modules))
+    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
+        compiled = pool.map(_compiled, *zip(*modules, strict=True))
+        for number, written in enumerate(tqdm(compiled, "compiling", len(modules), leave=False, unit="module")):
+            files[f"{number}"] = written
+    with path.open("wb+") as file:
+        package_pt2(file, aoti_files=files)
+
+
+def _compiled(module: nn.Module, example: Tensor) -> list[Any]:
+    """The files of a program for any batch, height and width. For processes of which there is one per core."""
+    torch.set_num_threads(1)
+    with torch.no_grad():
+        exported = program(module, example, dict.fromkeys((0, 2, 3), Dim.DYNAMIC))
+        with _plainly():
+            options = {"aot_inductor.package": True}
+            return torch._inductor.aot_compile(exported.module(), (example,), options=options)
+
+
+def load_aoti_dynamic(path: Path) -> Run:
+    with path.open("rb") as file:
+        modules = load_pt2(file).aoti_runners
+
+    def run(images: np.ndarray) -> np.ndarray:
+        x = torch.from_numpy(images)
+        for number in range(len(modules)):
+            x = modules[f"{number}"](x)
+        return x.numpy()
+
+    return run
+
+
+def _need_compiler(kind: str) -> None:
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        raise UsageError(f"--format {kind} compiles with {compiler}, which is missing: apt-get install g++")
 
 
 # -- ExecuTorch: a program for phones and small devices, by XNNPACK
@@ -96,7 +152,9 @@ def load_aoti(path: Path) -> Run:
 def write_executorch(model: nn.Module, size: int, path: Path) -> None:
     xnnpack = importlib.import_module("executorch.backends.xnnpack.partition.xnnpack_partitioner")
     exir = importlib.import_module("executorch.exir")
-    exported = program(model, size, any_batch=False)
+    # XNNPACK takes shapes of which one axis varies.
+    batch = Dim("batch", min=1, max=LARGEST_BATCH["executorch"])
+    exported = program(fused(model), torch.zeros(2, 3, size, size), {0: batch})
     with _plainly():
         lowered = exir.to_edge_transform_and_lower(exported, partitioner=[xnnpack.XnnpackPartitioner()])
         path.write_bytes(lowered.to_executorch().buffer)
@@ -118,7 +176,8 @@ def write_litert(model: nn.Module, size: int, path: Path) -> None:
 
 
 def load_litert(path: Path) -> Run:
-    interpreter = importlib.import_module("ai_edge_litert.interpreter").Interpreter(str(path))
+    threads = torch.get_num_threads()
+    interpreter = importlib.import_module("ai_edge_litert.interpreter").Interpreter(str(path), num_threads=threads)
     interpreter.allocate_tensors()
     (given,), (found,) = interpreter.get_input_details(), interpreter.get_output_details()
 
@@ -149,7 +208,7 @@ def write_tensorrt(model: nn.Module, size: int, path: Path) -> None:
     config, profile = builder.create_builder_config(), builder.create_optimization_profile()
     config.clear_flag(trt.BuilderFlag.TF32)
     least, most = (32, 2 * size) if isinstance(model, Backbone) else (size, size)
-    shapes = ((1, 3, least, least), (8, 3, size, size), (LARGEST_BATCH, 3, most, most))
+    shapes = ((1, 3, least, least), (8, 3, size, size), (LARGEST_BATCH["tensorrt"], 3, most, most))
     profile.set_shape("images", *shapes)
     config.add_optimization_profile(profile)
     engine = builder.build_serialized_network(network, config)
@@ -177,7 +236,8 @@ def load_tensorrt(path: Path) -> Run:
 
 FORMATS = {
     "aoti": Format(write_aoti, load_aoti),
-    "executorch": Format(write_executorch, load_executorch, ("executorch",), any_batch=False),
+    "aoti_dynamic": Format(write_aoti_dynamic, load_aoti_dynamic, any_size=True),
+    "executorch": Format(write_executorch, load_executorch, ("executorch",)),
     "litert": Format(write_litert, load_litert, ("litert_torch",), any_batch=False),
     "tensorrt": Format(write_tensorrt, load_tensorrt, ("onnx", "onnxscript", "tensorrt"), any_size=True),
 }

@@ -70,6 +70,8 @@ def bias(table: Tensor, positions: Tensor, height: int, width: int) -> Tensor:
         return _by_products(table, positions, height, width)
     if known(on_cells):
         return _in_blocks(table, positions, height, width)
+    if not torch.onnx.is_in_onnx_export():  # torch.cond of branches of unknown sides is not compiled
+        return _by_products(table, positions, height, width)
     ways = (lambda t, p, way=way: way(t, p, height, width) for way in (_in_blocks, _by_products))
     return torch.cond(on_cells, *ways, (table, positions))
 

@@ -1,6 +1,7 @@
 """Exported models compute what the model computes, in the library they were exported for."""
 
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -15,9 +16,10 @@ import torch
 from golden.fill import fill
 from support import CLASSES, command
 
+from models.fusion import fuse
 from models.weights import weights_of
 from runtime.errors import UsageError
-from tools import export, onnx_format
+from tools import export, onnx_format, runtime_formats
 from tools.loading import UNTRAINED, Loaded, load_model
 
 FAMILIES = ["debiformer_nano", "biformer_tiny", "biformer_stl", "biformer_stl_nchw", "maxvit_stl"]
@@ -84,6 +86,27 @@ def test_aotinductor_gives_the_same_logits_for_any_batch(tmp_path):
     run = torch._inductor.aoti_load_package(str(path))
     images = export.random_images(loaded, 5)
     assert relative(run(images), loaded.model(images)) < 1e-4
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed (apt-get install g++)")
+def test_modules_are_packaged_for_any_batch_and_image_size(tmp_path):
+    """Two of nine of a model's, for the others take minutes more."""
+    path = tmp_path / "model.pt2"
+    model = fuse(loaded_with_varied_weights("debiformer_nano").model)
+    modules = list(itertools.islice(onnx_format.with_examples(model), 2))
+    runtime_formats.package(modules, path)
+    run = runtime_formats.FORMATS["aoti_dynamic"].load(path)
+    for shape in ((1, 3, 64, 64), (5, 3, 33, 95)):
+        images = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        expected = functools.reduce(lambda x, module: module[0](x), modules, images)
+        assert relative(torch.from_numpy(run(images.numpy())), expected) < 1e-4
+
+
+def test_dynamic_packages_are_for_models_of_this_project(tmp_path):
+    with pytest.raises(UsageError, match="one size: --format aoti"):
+        export.export(load_model("resnet18"), "aoti_dynamic", tmp_path / "model.pt2")
 
 
 @torch.no_grad()
