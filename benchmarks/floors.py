@@ -13,7 +13,7 @@ the GPU's rates. No launch can be faster than either; a floor above the roof mea
 """
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from runtime.errors import exit_on_error
 from . import launch_path_triton
 from .markdown import table
 from .measure import DTYPES, RESULTS, describe_machine, write_result
-from .step_model import step_seconds
+from .step_model import compiled_seconds, eager_seconds
 from .trace import Call, run_body, trace
 
 TASKS = ("inference", "training")
@@ -148,8 +148,10 @@ def summary(calls: Sequence[Call], rows: Sequence[dict[str, Any]]) -> dict[str, 
     }
 
 
-def modelled(calls: Sequence[Call], rows: Sequence[dict[str, Any]], architecture: int) -> float:
-    """Seconds that the whole step would take, PyTorch's operators among it (see `step_model`)."""
+def modelled(
+    calls: Sequence[Call], rows: Sequence[dict[str, Any]], architecture: int, step_seconds: Callable[..., float]
+) -> float:
+    """Seconds that the whole step would take, PyTorch's operators among it: see `step_model`, where step_seconds is."""
     floors = [(row["times"], time_of(row)) for row in rows if row["chosen"]]
     return step_seconds(calls, floors, GPUS[architecture])
 
@@ -185,19 +187,20 @@ def report(result: dict[str, Any]) -> str:
             "Python takes {:.1f} ms from our operators to their launches, {:.1f} ms of them for attention.".format(
                 *(1e3 * seconds for seconds in launch_path_triton.sums(part["python"]))
             ),
-            *modelled_lines(part.get("modelled", {}), result["batch_size"]),
+            *modelled_lines("eager", part.get("eager_seconds", {}), result["batch_size"]),
+            *modelled_lines("compiled", part.get("compiled_seconds", {}), result["batch_size"]),
             table(HEADER, [cells(row) for row in part["rows"]], text_columns=2),
         ]
     return "\n\n".join(parts)
 
 
-def modelled_lines(seconds: dict[str, float], batch_size: int) -> list[str]:
-    """A paragraph on steps of these models, the first one's first."""
+def modelled_lines(how: str, seconds: dict[str, float], batch_size: int) -> list[str]:
+    """A paragraph on steps of these models, run so, the first one's first."""
     if not seconds:
         return []
     (own, *_), peers = seconds.values(), list(seconds.items())[1:]
     beside = "".join(f"; {name} {1e3 * time:.1f} ms, {time / own:.2f} times as long" for name, time in peers)
-    return [f"The whole step, eager, modelled: {1e3 * own:.1f} ms, {batch_size / own:.0f} images/s{beside}."]
+    return [f"The whole step, {how}, modelled: {1e3 * own:.1f} ms, {batch_size / own:.0f} images/s{beside}."]
 
 
 def best_blocks(rows: Iterable[dict[str, Any]]) -> dict[str, dict[str, list[int]]]:
@@ -241,8 +244,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         tasks[task] = {"summary": summary(calls, rows), "python": python, "rows": rows}
         if args.kernels == [""]:
             steps = {name: trace(name, task, args.batch_size, args.size, DTYPES[args.dtype]) for name in args.beside}
-            peers = {name: modelled(calls, [], args.architecture) for name, calls in steps.items()}
-            tasks[task]["modelled"] = {args.model: modelled(calls, rows, args.architecture), **peers}
+            for way in (eager_seconds, compiled_seconds) if task == "inference" else (eager_seconds,):
+                peers = {name: modelled(calls, [], args.architecture, way) for name, calls in steps.items()}
+                own = {args.model: modelled(calls, rows, args.architecture, way)}
+                tasks[task][way.__name__] = {**own, **peers}
     if args.choose:
         known = launch_triton.read_table(launch_triton.TABLE)
         for kernel, sizes in best_blocks(row for part in tasks.values() for row in part["rows"]).items():

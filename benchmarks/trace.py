@@ -32,13 +32,19 @@ KERNELS = {"convolution_backward": 3, "native_layer_norm_backward": 2, "topk": 2
 
 @dataclass
 class Call:
-    """One operator that runs. arguments: with `Spec`s in place of tensors."""
+    """One operator that runs.
+
+    arguments: with `Spec`s in place of tensors. read, written: where inputs and outputs lie, (storage, offset) of each;
+    empty for what the body of one of our operators calls.
+    """
 
     name: str
     arguments: tuple[Any, ...]
     inputs: list[Spec]
     outputs: list[Spec]
-    kernels: int = field(default=1)
+    kernels: int = 1
+    read: list[tuple[int, int]] = field(default_factory=list)
+    written: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def ours(self) -> bool:
@@ -73,6 +79,8 @@ class _Recorder(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Call] = []
+        self.storages: dict[int, torch.UntypedStorage] = {}  # kept, so that no two have one address
+        self.in_bodies = False
 
     def __torch_dispatch__(
         self, function: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -91,8 +99,16 @@ class _Recorder(TorchDispatchMode):
         if plain.startswith("_foreach"):
             kernels = _launches_of_lists(args[0])
         specs = tree_map_only(Tensor, spec_of, args)
-        self.calls.append(Call(name, specs, list(map(spec_of, inputs)), list(map(spec_of, outputs)), kernels))
+        call = Call(name, specs, list(map(spec_of, inputs)), list(map(spec_of, outputs)), kernels)
+        if not self.in_bodies:
+            call.read, call.written = list(map(self._place, inputs)), list(map(self._place, outputs))
+        self.calls.append(call)
         return out
+
+    def _place(self, x: Tensor) -> tuple[int, int]:
+        storage = x.untyped_storage()
+        self.storages[storage._cdata] = storage
+        return storage._cdata, x.storage_offset()
 
 
 def _launches_of_lists(tensors: Sequence[Tensor]) -> int:
@@ -160,6 +176,7 @@ def trace(name: str, task: str, batch_size: int, size: int = 224, dtype: torch.d
                 with torch.autocast(device, dtype):
                     loss = F.cross_entropy(model(images), targets)
                 loss.backward()
+    recorder.in_bodies = True
     with recorder:
         for call in [call for call in recorder.calls if call.ours]:
             run_body(call)
