@@ -1,6 +1,6 @@
 """Routed attention for exported programs, in one of two ways.
 
-Gathered: windows and heads apart in one permutation, then whole windows gathered.
+Gathered: windows apart, then heads, then whole windows gathered.
 
 Dense: all keys, with a mask of what is not routed. Maps have their channels first, as the convolutions beside them have
 them in other runtimes, so that nothing is permuted or gathered.
@@ -84,19 +84,21 @@ def _dense(
 
 
 def to_windowed_heads(x: Tensor, n_win: tuple[int, int], num_heads: int) -> Tensor:
-    """(B, H, W, C) -> (B, m, P, w, D)."""
+    """(B, H, W, C) -> (B, m, P, w, D). In two permutations, for XNNPACK knows no seven axes."""
     b, h, w, c = x.shape
     rows, columns = n_win
-    x = x.reshape(b, rows, h // rows, columns, w // columns, num_heads, c // num_heads)
-    return x.permute(0, 5, 1, 3, 2, 4, 6).reshape(b, num_heads, rows * columns, -1, c // num_heads)
+    x = x.reshape(b * rows, h // rows, columns, w // columns * c).transpose(1, 2)
+    x = x.reshape(b, h * w, num_heads, c // num_heads).transpose(1, 2)
+    return x.reshape(b, num_heads, rows * columns, -1, c // num_heads)
 
 
 def from_windowed_heads(x: Tensor, n_win: tuple[int, int], height: int, width: int) -> Tensor:
     """(B, m, P, w, D) -> (B, height, width, C): undoes `to_windowed_heads`."""
     b, m, _, _, d = x.shape
     rows, columns = n_win
-    x = x.reshape(b, m, rows, columns, height // rows, width // columns, d)
-    return x.permute(0, 2, 4, 3, 5, 1, 6).reshape(b, height, width, m * d)
+    x = x.reshape(b, m, height * width, d).transpose(1, 2)
+    x = x.reshape(b * rows, columns, height // rows, width // columns * m * d).transpose(1, 2)
+    return x.reshape(b, height, width, m * d)
 
 
 def _gathered(
