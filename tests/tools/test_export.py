@@ -92,7 +92,7 @@ def test_aotinductor_gives_the_same_logits_for_any_batch(tmp_path):
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not installed (apt-get install g++)")
 def test_modules_are_packaged_for_any_batch_and_image_size(tmp_path):
-    """Two of nine of a model's, for the others take minutes more."""
+    """A model's first two, for the others take minutes more."""
     path = tmp_path / "model.pt2"
     model = fuse(loaded_with_varied_weights("debiformer_nano").model)
     modules = list(itertools.islice(onnx_format.with_examples(model), 2))
