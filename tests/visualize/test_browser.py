@@ -360,8 +360,15 @@ def states(one, checkpoint):
     yield "mistake"
 
 
+ENDED = """Promise.allSettled(
+    document.getAnimations().filter(one => one.effect.getComputedTiming().endTime < Infinity).map(one => one.finished)
+).then(() => null)"""
+"""What fades in has come: half of the way its contrast is too low."""
+
+
 def faults(page, excluded=""):
     """What axe-core finds: the rule, its words and the places."""
+    page.evaluate(ENDED)
     page.evaluate((npm_package("axe-core") / "axe.min.js").read_text())
     found = page.evaluate(f"axe.run({{ exclude: {[excluded] if excluded else []} }}).then(result => result.violations)")
     return [(fault["id"], fault["help"], [node["html"] for node in fault["nodes"]]) for fault in found]
