@@ -46,6 +46,10 @@ class Runtime:
     ending: str = ""
     package: str = ""
 
+    @property
+    def installed(self) -> bool:
+        return not self.package or find_spec(self.package) is not None
+
 
 def write_int8(model: nn.Module, size: int, path: Path) -> None:
     """What `tools.export --int8` writes, calibrated on noise, from the file in float32 beside it."""
@@ -175,9 +179,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder for --write")
     args = parser.parse_args(argv)
     for runtime in args.runtimes:
-        package = RUNTIMES[runtime].package
-        if package and find_spec(package) is None:
-            raise UsageError(f"--runtimes {runtime} is not installed: pip install {package}")
+        if not RUNTIMES[runtime].installed:
+            raise UsageError(f"--runtimes {runtime} is not installed: pip install {RUNTIMES[runtime].package}")
     for name in args.models:
         if not timm.is_model(name):
             raise UsageError(f"--models {name}: timm knows no such model")

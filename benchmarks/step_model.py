@@ -17,6 +17,7 @@ CACHED, CACHE_SPEED = 6e7, 1.7
 """Bytes up to which a map is still in the GPU's cache, and how much faster than memory that is."""
 OURS = 0.65
 """The part of a floor's speed that our kernels are taken to reach."""
+MATRIX_PRODUCTS = ("mm", "addmm", "bmm")
 PRODUCTS, CONVOLUTIONS, ATTENTION = 0.7, 0.35, 0.35
 """The part of the matrix rate that products, dense convolutions and fused attention reach."""
 DEPTHWISE = {3: 0.55, 5: 0.45}
@@ -39,7 +40,7 @@ def seconds_of(call: Call, gpu: Rates, with_bias: bool = True) -> float:
     """Modelled seconds of one of PyTorch's operators. with_bias: whether a convolution adds its bias in a kernel."""
     kind = call.operator
     moved = _moving(call.bytes, gpu)
-    if kind in ("mm", "addmm", "bmm"):
+    if kind in MATRIX_PRODUCTS:
         seconds = max(moved, 2 * prod(call.outputs[0][0]) * call.inputs[-2][0][-1] / (PRODUCTS * gpu.matrix))
     elif kind.startswith("convolution"):
         seconds = _convolving(call, gpu, kind.endswith("backward"), with_bias)
@@ -85,7 +86,7 @@ def eager_seconds(calls: Iterable[Call], floors: Iterable[tuple[int, float]], gp
 
 @dataclass
 class _Fused:
-    """One kernel of a compiled step. reads, writes: bytes by where they lie; storage of its own that others read."""
+    """One kernel of a compiled step. reads, writes: bytes by where they lie, (storage, offset); not all are written."""
 
     reads: dict[tuple[int, int], int] = field(default_factory=dict)
     writes: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -99,7 +100,7 @@ def compiled_seconds(calls: Iterable[Call], floors: Iterable[tuple[int, float]],
     """
     kernels: dict[int, _Fused] = {}  # by the storage that each writes
     depths: dict[int, int] = {}  # of a storage: calls that are not fused, on the longest way to it
-    outside: set[int] = set()  # storages that more than the kernel which writes them reads
+    outside: set[int] = set()  # storages that are read by others than the kernel which makes them, and so are written
     seconds = ours_seconds(floors)
     for call in calls:
         depth = max((depths.get(storage, 0) for storage, _ in call.read), default=0)
@@ -127,7 +128,8 @@ def compiled_seconds(calls: Iterable[Call], floors: Iterable[tuple[int, float]],
 
 def _is_fused(call: Call) -> bool:
     kind = call.operator
-    return not (kind in ("mm", "addmm", "bmm", "topk") or kind.startswith("convolution") or "scaled_dot" in kind)
+    alone = kind.startswith("convolution") or "scaled_dot_product" in kind
+    return not alone and kind not in (*MATRIX_PRODUCTS, "topk")
 
 
 def _join(kernels: dict[int, _Fused], one: _Fused, other: _Fused) -> _Fused:

@@ -28,6 +28,7 @@ from models.backbone import Backbone
 from models.fusion import fuse
 from models.ops.backend import use_backend
 from runtime.errors import UsageError
+from tasks.loading import usable_workers
 
 from . import onnx_format
 
@@ -99,17 +100,16 @@ def write_aoti_dynamic(model: nn.Module, size: int, path: Path) -> None:
     The sides of a map are then simple terms of those of one module's input; Inductor would take hours over terms that
     go through all stages. It takes minutes over one module still, so that all cores compile.
     """
-    _need_compiler("aoti_dynamic")
     if not isinstance(model, Backbone):
         raise UsageError("--format aoti_dynamic is for this project's models; others take one size: --format aoti")
+    _need_compiler("aoti_dynamic")
     package(list(onnx_format.with_examples(fuse(model))), path)
 
 
 def package(modules: Sequence[tuple[nn.Module, Tensor]], path: Path) -> None:
     """Write modules, each with an input to trace it with, as programs that take any batch, height and width."""
     files = {}
-    cores = min(len(os.sched_getaffinity(0)), len(modules))
-    with ProcessPoolExecutor(cores, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(usable_workers(len(modules)), multiprocessing.get_context("spawn")) as pool:
         compiled = pool.map(_compiled, *zip(*modules, strict=True))
         for number, written in enumerate(tqdm(compiled, "compiling", len(modules), leave=False, unit="module")):
             files[f"{number}"] = written
@@ -129,12 +129,13 @@ def _compiled(module: nn.Module, example: Tensor) -> list[Any]:
 
 def load_aoti_dynamic(path: Path) -> Run:
     with path.open("rb") as file:
-        modules = load_pt2(file).aoti_runners
+        programs = load_pt2(file).aoti_runners
+    modules = [programs[f"{number}"] for number in range(len(programs))]
 
     def run(images: np.ndarray) -> np.ndarray:
         x = torch.from_numpy(images)
-        for number in range(len(modules)):
-            x = modules[f"{number}"](x)
+        for module in modules:
+            x = module(x)
         return x.numpy()
 
     return run

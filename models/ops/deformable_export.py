@@ -6,7 +6,8 @@ rises along its rows, one along its columns. At a cell autograd takes another de
 backend is for inference.
 
 Where one token step is one table cell, all tokens of an agent read a block of the table at the same fraction of a cell:
-a blend of four blocks, which are copied row by row. A program that does not know its map's sides holds both ways.
+a blend of four blocks, which are copied row by row. An ONNX program that does not know its map's sides holds both ways;
+others of that kind have the products.
 
 Letters: B batch, H x W token map, N agents, C channels, m heads, D = C/m, g offset groups, Qh x Qw the table's map.
 """
@@ -66,11 +67,10 @@ def bias(table: Tensor, positions: Tensor, height: int, width: int) -> Tensor:
     table = table.to(positions.dtype)
     cells_y, cells_x = ((side + 1) // 2 for side in table.shape[1:])
     on_cells = torch.sym_sum(((height - cells_y) ** 2, (width - cells_x) ** 2)) == 0
-    if cells_x not in BLOCK_SIDES or known(torch.sym_not(on_cells)):
-        return _by_products(table, positions, height, width)
-    if known(on_cells):
+    if cells_x in BLOCK_SIDES and known(on_cells):
         return _in_blocks(table, positions, height, width)
-    if not torch.onnx.is_in_onnx_export():  # torch.cond of branches of unknown sides is not compiled
+    holds_both = torch.onnx.is_in_onnx_export()  # elsewhere torch.cond fails on branches of unknown sides
+    if cells_x not in BLOCK_SIDES or known(torch.sym_not(on_cells)) or not holds_both:
         return _by_products(table, positions, height, width)
     ways = (lambda t, p, way=way: way(t, p, height, width) for way in (_in_blocks, _by_products))
     return torch.cond(on_cells, *ways, (table, positions))

@@ -1,7 +1,6 @@
 """`python -m benchmarks.runtimes` from end to end, with models that are exported fast."""
 
 import json
-from importlib.util import find_spec
 
 import pytest
 
@@ -9,7 +8,7 @@ from benchmarks import runtimes
 from runtime.errors import UsageError
 
 SMALL = "mobilenetv3_small_050"
-RUNTIMES = tuple(key for key, each in runtimes.RUNTIMES.items() if not each.package or find_spec(each.package))
+RUNTIMES = tuple(key for key, runtime in runtimes.RUNTIMES.items() if runtime.installed)
 
 
 @pytest.mark.parametrize("chosen", [("onnxruntime", "pytorch"), pytest.param(RUNTIMES, marks=pytest.mark.slow)])
